@@ -1,0 +1,431 @@
+"""An experiment as frozen configs: what is read from one YAML file.
+
+What the author wrote here is identity, except fields marked `identity: False` (where data lies, what hardware is
+used): those come from the machine and change no result. Validation raises and never edits.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from overfill.config import Frozen, ImportanceConfig, LossConfig, Method, PruneConfig, default_loss
+
+NOT_IDENTITY: dict[str, Any] = {"identity": False}
+"""`json_schema_extra` of a field that never counts in a stage's identity."""
+
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+Source = Literal["toy", "jsonl", "parquet", "hf"]
+DType = Literal["fp32", "bf16"]
+ToyTask = Literal["get", "sort", "reverse", "shift", "add"]
+
+
+class ColumnsConfig(Frozen):
+    """Which fields of a row hold the conversation: `messages`, or `prompt` and `completion`."""
+
+    messages: str | None = None
+    """Field with a list of {role, content} turns; every assistant turn becomes a sample."""
+    prompt: str | None = None
+    """Field with the user's text."""
+    completion: str | None = None
+    """Field with the assistant's answer."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ColumnsConfig:
+        pair = (self.prompt is not None, self.completion is not None)
+        if pair[0] != pair[1] or (self.messages is None) != pair[0]:
+            raise ValueError("name either `messages`, or both `prompt` and `completion`")
+        return self
+
+
+class DataConfig(Frozen):
+    """The corpus for training, calibration and evaluation."""
+
+    source: Source = "toy"
+    """`toy` (generated), `jsonl` or `parquet` (files), `hf` (Hub dataset)."""
+    path: Annotated[str | None, Field(json_schema_extra=NOT_IDENTITY)] = None
+    """A file, or a folder with train.jsonl and test.jsonl (or .parquet). Its content counts in identities, not its place."""
+    dataset: str | None = None
+    """Hub dataset id, for `hf`."""
+    subset: str | None = None
+    """Hub dataset configuration, for `hf`."""
+    split: str = "train"
+    """Hub split to train on, for `hf`."""
+    test_split: str | None = None
+    """Hub split to evaluate on, for `hf`; without it `held_out` is taken from `split`."""
+    revision: str | None = None
+    """Hub commit, for `hf`; needed, so that the corpus cannot change under a finished stage."""
+    columns: ColumnsConfig | None = None
+    """Fields of a row; without it `messages` or `prompt`/`completion` are expected."""
+    chat_template: str | None = None
+    """Jinja chat template for a tokenizer that has none."""
+    tasks: tuple[ToyTask, ...] = ("get", "sort", "reverse", "shift")
+    """Tasks of the toy corpus."""
+    train_samples: Count | None = None
+    """Training rows to take from the start of the source; all when empty (20,000 for `toy`)."""
+    test_samples: Count = 512
+    """Held-out rows to take at most."""
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of rows held out when the source has no test file or split."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Longest sample in tokens, prompt and response together; longer ones are counted and left out."""
+    seed: int = 0
+    """Seed of the toy corpus and of the held-out choice."""
+
+    @model_validator(mode="after")
+    def _source_has_its_fields(self) -> DataConfig:
+        if self.source in ("jsonl", "parquet") and not self.path:
+            raise ValueError(f"source `{self.source}` needs `path`: a file, or a folder with train and test files")
+        if self.source == "hf" and not (self.dataset and self.revision):
+            raise ValueError("source `hf` needs `dataset` and `revision` (a commit of the dataset's repository)")
+        if self.source == "toy" and not self.tasks:
+            raise ValueError("source `toy` needs at least one of `tasks`")
+        return self
+
+
+class TrainingConfig(Frozen):
+    """What every training run has: budget, batch, schedule, numerics."""
+
+    tokens: Count = 1_000_000
+    """Training budget in tokens of the corpus, prompts included; steps = tokens / batch_tokens, rounded up."""
+    batch_tokens: Count = 2048
+    """Tokens of one optimizer step over all workers, on average: the number of sequences per step is fixed."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after warm-up."""
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    final_learning_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """AdamW's decay of the second moment."""
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+    dtype: DType = "fp32"
+    """Weights and activations in training; under bf16 the optimizer keeps fp32 master weights."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 100
+    """Optimizer steps between evaluations on held-out samples; 0 evaluates at the end only."""
+    evaluate_samples: Count = 128
+    """Held-out samples of an evaluation during training."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return -(-self.tokens // self.batch_tokens)
+
+
+class TokenizerConfig(Frozen):
+    """The tokenizer of a teacher that is trained here."""
+
+    vocabulary: Annotated[int, Field(ge=300)] | None = None
+    """Entries of a byte-level BPE trained on the corpus; empty takes the toy corpus' character tokenizer."""
+
+
+class PretrainConfig(TrainingConfig):
+    """A teacher trained from scratch on the corpus."""
+
+    architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    """Model family."""
+    hidden: Count = 128
+    """Hidden channels."""
+    intermediate: Count = 352
+    """Intermediate channels."""
+    layers: Count = 4
+    """Decoder layers."""
+    heads: Count = 4
+    """Query heads."""
+    kv_heads: Count = 4
+    """Key and value heads."""
+    head_dim: Count | None = None
+    """Channels of a head; hidden / heads when empty."""
+    tied: bool = True
+    """Share the input and output embeddings."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Its tokenizer."""
+    prompt_loss: bool = False
+    """Also learn to predict the prompt's tokens."""
+    seed: int = 0
+    """Seed of the weights and of the data order."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> PretrainConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"`heads` ({self.heads}) must be a multiple of `kv_heads` ({self.kv_heads})")
+        if self.hidden % self.heads:
+            raise ValueError(f"`hidden` ({self.hidden}) must be a multiple of `heads` ({self.heads})")
+        if (self.head_dim or self.hidden // self.heads) % 2:
+            raise ValueError("the head dimension must be even, for rotary position embeddings")
+        return self
+
+    def model_config_dict(self, vocabulary: int, max_positions: int) -> dict[str, Any]:
+        """The `transformers` config.json fields of this model."""
+        return {
+            "model_type": self.architecture,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim or self.hidden // self.heads,
+            "tie_word_embeddings": self.tied,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": max_positions,
+        }
+
+
+class TeacherConfig(Frozen):
+    """The full model: one from the Hub or a folder (`model`), or one trained here (`pretrain`)."""
+
+    name: Name | None = None
+    """Short name in labels and tables; the last part of `model` when empty."""
+    model: str | None = None
+    """Hub id or local folder."""
+    revision: str | None = None
+    """Commit of the Hub repository; needed for a Hub id."""
+    shape: Annotated[dict[str, Any] | None, Field(json_schema_extra=NOT_IDENTITY)] = None
+    """Fields of its config.json, for `overfill plan` where the model is not on this machine."""
+    pretrain: PretrainConfig | None = None
+    """Train it on the corpus instead."""
+    trust_remote_code: bool = False
+    """Run code that the model's repository brings. Leave it off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherConfig:
+        if (self.model is None) == (self.pretrain is None):
+            raise ValueError("give either `model` (a Hub id or a folder) or `pretrain` (train one here)")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        if self.name or self.pretrain is None:
+            return self.name or str(self.model).rstrip("/").split("/")[-1]
+        return f"{self.pretrain.architecture}-h{self.pretrain.hidden}"
+
+
+class DistillConfig(TrainingConfig):
+    """How the student is trained."""
+
+    method: Method = "overfill"
+    """Which system the cell measures, and so what is trained."""
+    loss: LossConfig | None = None
+    """Weights of the loss; empty takes KL 1 + KV match 3 for `overfill`, KL 1 for `pruned` and `scratch`."""
+
+    @property
+    def effective_loss(self) -> LossConfig:
+        """The loss that is used."""
+        return self.loss or default_loss(self.method)
+
+
+class EvaluateConfig(Frozen):
+    """Accuracy on the held-out part of the corpus, greedy decoding."""
+
+    samples: Count = 512
+    """Held-out samples."""
+    max_new_tokens: Count = 128
+    """Longest answer in tokens."""
+    batch: Annotated[Count, Field(json_schema_extra=NOT_IDENTITY)] = 64
+    """Prompts decoded at once."""
+    answer: str | None = None
+    r"""Regular expression whose first group is the answer to compare (`#### (-?[\d,]+)`); empty compares whole texts."""
+    dtype: DType = "fp32"
+    """Weights and activations."""
+
+    @field_validator("answer")
+    @classmethod
+    def _has_a_group(cls, value: str | None) -> str | None:
+        import re
+
+        if value is not None:
+            try:
+                groups = re.compile(value).groups
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+            if groups < 1:
+                raise ValueError("needs a group in parentheses around the answer")
+        return value
+
+
+class BenchmarkConfig(Frozen):
+    """Latency: a grid of batch x prompt x output, systems alternating in one process."""
+
+    batch: tuple[Count, ...] = (1,)
+    """Rows decoded at once."""
+    prompt: tuple[Count, ...] = (128,)
+    """Prompt lengths in tokens."""
+    output: tuple[Annotated[int, Field(ge=2)], ...] = (32,)
+    """Output lengths in tokens, the first included."""
+    repeats: Annotated[int, Field(ge=1)] = 5
+    """Measured repetitions, of which medians are taken."""
+    warmup: Annotated[int, Field(ge=0)] = 2
+    """Repetitions before, not counted."""
+    dtype: DType = "fp32"
+    """Weights and activations."""
+
+    @field_validator("batch", "prompt", "output")
+    @classmethod
+    def _not_empty(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("needs at least one value")
+        return value
+
+
+class StageResources(Frozen):
+    """What a stage runs on. Never part of an identity: it changes speed, not results."""
+
+    workers: Count = 1
+    """Worker processes."""
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 0.5
+    """CPUs that Ray reserves for a worker; half a CPU leaves room for the data stream on a small machine."""
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs of a worker."""
+    threads: Count = 1
+    """CPU threads of a worker's tensor operations."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too (and the full model)."""
+    micro_batch: Count = 64
+    """Sequences that a worker processes at once; the rest of its share is accumulated."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+    loss_chunks: Count = 1
+    """Parts in which the loss over the vocabulary is computed; more parts, less memory."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 200
+    """Optimizer steps between step checkpoints; 0 writes one at the end only."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Newest step checkpoints that are kept."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Worker failures after which the stage fails; each retry starts from the newest step checkpoint."""
+
+
+class ResourcesConfig(Frozen):
+    """Resources per stage."""
+
+    data: StageResources = StageResources(cpus_per_worker=0.25)
+    """Tokenisation; `workers` is the number of concurrent tasks."""
+    teacher: StageResources = StageResources()
+    """Pre-training of a teacher."""
+    calibrate: StageResources = StageResources()
+    """Calibration."""
+    prune: StageResources = StageResources()
+    """Cutting the student."""
+    distill: StageResources = StageResources()
+    """Training of the student."""
+    evaluate: StageResources = StageResources()
+    """Accuracy."""
+    benchmark: StageResources = StageResources()
+    """Latency; it runs alone on its device."""
+    max_concurrent: Count | None = None
+    """Cells that run at once; empty takes as many as the cluster's CPUs and GPUs allow."""
+
+
+class ObjectiveConfig(Frozen):
+    """What a sweep looks for."""
+
+    metric: str = "eval/exact_match"
+    """Name of a metric that every cell has at its end."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more or less of it is better."""
+
+
+class AshaConfig(Frozen):
+    """Early stopping of distillation by successive halving on the held-out response NLL (arXiv 1810.05934)."""
+
+    grace_steps: Count = 100
+    """Optimizer steps that every cell gets."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """Of this many cells one goes on at each rung."""
+
+
+class RangeConfig(Frozen):
+    """A distribution to draw an axis from, with `search: random`."""
+
+    uniform: tuple[float, float] | None = None
+    """Lower and upper bound."""
+    log_uniform: tuple[float, float] | None = None
+    """Lower and upper bound, both above 0, drawn evenly in the logarithm."""
+
+    @model_validator(mode="after")
+    def _one_distribution(self) -> RangeConfig:
+        chosen = [pair for pair in (self.uniform, self.log_uniform) if pair is not None]
+        if len(chosen) != 1 or chosen[0][0] >= chosen[0][1]:
+            raise ValueError("give one of `uniform` or `log_uniform`, as [low, high] with low < high")
+        if self.log_uniform is not None and self.log_uniform[0] <= 0:
+            raise ValueError("`log_uniform` needs bounds above 0")
+        return self
+
+
+class SweepConfig(Frozen):
+    """Which cells an experiment has: axes over any dotted path of this file."""
+
+    axes: dict[str, tuple[Any, ...] | RangeConfig] = {}
+    """Dotted path -> values; a path may name a whole section. `random` search also takes a distribution."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of distillation (data order, random starts); every cell is run with each."""
+    search: Literal["grid", "random"] = "grid"
+    """All combinations, or `samples` random ones."""
+    samples: Count = 8
+    """Combinations drawn by `random` search."""
+    seed: int = 0
+    """Seed of the random search."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the sweep looks for."""
+    asha: AshaConfig | None = None
+    """Stop weak cells early."""
+
+    @model_validator(mode="after")
+    def _axes_have_values(self) -> SweepConfig:
+        for path, values in self.axes.items():
+            if isinstance(values, RangeConfig) and self.search == "grid":
+                raise ValueError(f"axis `{path}` is a distribution: `search: grid` needs a list of values")
+            if not isinstance(values, RangeConfig) and not values:
+                raise ValueError(f"axis `{path}` has no values")
+            if path.split(".")[0] in ("sweep", "name", "seed", "resources"):
+                raise ValueError(f"axis `{path}`: an axis may not vary `sweep`, `name`, `seed` or `resources`")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("`seeds` needs at least one seed, each once")
+        return self
+
+
+class ExperimentConfig(Frozen):
+    """One experiment file."""
+
+    name: Name
+    """Name of the sweep: in the store, in MLflow, in `overfill status NAME`."""
+    description: str = ""
+    """The hypothesis, for people."""
+    teacher: TeacherConfig
+    """The full model."""
+    data: DataConfig = DataConfig()
+    """The corpus."""
+    calibrate: ImportanceConfig = ImportanceConfig()
+    """Channel importance."""
+    prune: PruneConfig = PruneConfig()
+    """Widths of the student."""
+    distill: DistillConfig = DistillConfig()
+    """Training of the student."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Accuracy."""
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """Latency."""
+    sweep: SweepConfig = SweepConfig()
+    """Axes; without it the file is one cell."""
+    resources: Annotated[ResourcesConfig, Field(json_schema_extra=NOT_IDENTITY)] = ResourcesConfig()
+    """What the stages run on."""
+    seed: int = 0
+    """Seed of distillation; `sweep.seeds` overrides it."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ExperimentConfig:
+        pretrain = self.teacher.pretrain
+        if pretrain is not None and pretrain.tokenizer.vocabulary is None and self.data.source != "toy":
+            raise ValueError(
+                "`teacher.pretrain.tokenizer.vocabulary` is needed unless `data.source` is `toy`; 1024 suits a small corpus"
+            )
+        return self
