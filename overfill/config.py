@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Ratio = Annotated[float, Field(strict=True, ge=0.0, lt=1.0)]
-Channels = Annotated[int, Field(strict=True, ge=1)]
-Width = Channels | Ratio
+
+
+def _width(value: object) -> int | float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int) and value >= 1:
+            return value
+        if 0.0 <= value < 1.0:
+            return float(value)
+    raise ValueError("a width is a share to remove (0.0 up to below 1.0) or a whole number of channels to keep")
+
+
+Width = Annotated[int | float, BeforeValidator(_width)]
 """A share of the channels to remove (a float, 0.0 up to below 1.0) or a number of channels to keep (an integer)."""
 
 Method = Literal["overfill", "pruned", "scratch", "full"]
