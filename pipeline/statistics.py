@@ -110,6 +110,26 @@ def bootstrap_mean(
     return _percentiles(float(array.mean()), drawn @ distinct / array.size, confidence)
 
 
+def share_over_seeds(
+    outcomes: Sequence[Mapping[int, bool]],
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Share of correct samples, one mapping {sample id: correct} per seed.
+
+    Wilson's interval for one seed; for several, seeds and samples resampled as in `compare`, over the shared samples.
+
+    Raises:
+        ValueError: no seed, or no sample in common.
+    """
+    if len(outcomes) == 1:
+        return wilson(sum(outcomes[0].values()), len(outcomes[0]), confidence)
+    array = _outcome_array(outcomes, _shared_samples(outcomes))
+    means, _ = _paired_resamples(array, array, resamples, seed)
+    return _percentiles(float(array.mean()), means, confidence)
+
+
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided exact p-value of `wins` against `losses` discordant pairs under a fair coin; 1.0 without any."""
     if wins < 0 or losses < 0:
@@ -138,11 +158,8 @@ def compare(
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"compare wants the same seeds on both sides, got {len(first)} and {len(second)}")
-    shared = sorted(set.intersection(*(set(outcomes) for outcomes in [*first, *second])))
-    if not shared:
-        raise ValueError("compare: the two systems have no sample in common")
-    a = np.array([[outcomes[sample] for sample in shared] for outcomes in first], dtype=np.int8)
-    b = np.array([[outcomes[sample] for sample in shared] for outcomes in second], dtype=np.int8)
+    shared = _shared_samples([*first, *second])
+    a, b = _outcome_array(first, shared), _outcome_array(second, shared)
     means_a, means_b = _paired_resamples(a, b, resamples, seed)
     wins, losses = int((a > b).sum()), int((a < b).sum())
     return Comparison(
@@ -156,6 +173,17 @@ def compare(
         seeds=len(first),
         samples=len(shared),
     )
+
+
+def _shared_samples(outcomes: Sequence[Mapping[int, bool]]) -> list[int]:
+    shared = sorted(set.intersection(*(set(one) for one in outcomes))) if outcomes else []
+    if not shared:
+        raise ValueError("the outcomes have no sample in common")
+    return shared
+
+
+def _outcome_array(outcomes: Sequence[Mapping[int, bool]], samples: Sequence[int]) -> npt.NDArray[np.int8]:
+    return np.array([[one[sample] for sample in samples] for one in outcomes], dtype=np.int8)
 
 
 def _paired_resamples(

@@ -1,0 +1,290 @@
+"""What a sweep found: one row of plain values per cell, the comparisons between cells, and what to ship.
+
+Everything is read from the store's payloads and records; nothing is measured here. Latency is compared only within one
+`latency.json`, where the systems alternated in one process: `speed_up` is the full model's TPOT over the cell's own TPOT
+of the same file and the same grid point (the first of the benchmark's grid).
+
+OverFill against pruned-only is a paired question: the same samples, the same seeds, the same ratio, the same full model.
+Answers are those of `pipeline.statistics.compare`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overfill.errors import UserError
+from overfill.shapes import ModelShape
+from pipeline.curves import Curve
+from pipeline.statistics import Comparison, Interval, compare, share_over_seeds
+
+if TYPE_CHECKING:
+    from pipeline.stage import External, Stage
+    from pipeline.store import Store
+    from pipeline.sweep import Cell
+
+Row = dict[str, Any]
+
+SYSTEM = {"full": "full", "overfill": "overfill", "pruned": "student", "scratch": "student"}
+"""Method of a cell -> the system of the benchmark that answers as this cell does."""
+METHODS = ("full", "overfill", "pruned", "scratch")
+KEEP_QUALITY = 0.95
+"""A configuration is worth shipping when it keeps this share of the full model's exact match."""
+
+
+def rows(cells: Sequence[Cell], store: Store) -> list[Row]:
+    """One mapping per cell, in the order of the cells; a value that is not there yet is None."""
+    return [row(cell, store) for cell in cells]
+
+
+def row(cell: Cell, store: Store) -> Row:
+    """Everything that is known about one cell. Times in seconds, sizes in bytes, intervals as [low, high]."""
+    evaluation, latency = _metrics(cell, store, "evaluate"), latency_row(cell, store, SYSTEM[cell.method])
+    shape = _parameters(cell, store)
+    baseline = latency_row(cell, store, "full")
+    low, high = evaluation.get("eval/exact_match_low"), evaluation.get("eval/exact_match_high")
+    return {
+        "cell": cell.label,
+        "identity": cell.identity,
+        "teacher": cell.teacher,
+        "method": cell.method,
+        "ratio": cell.ratio,
+        "ratio_effective": shape["ratio_effective"],
+        "seed": cell.seed,
+        "variant": variant(cell),
+        "parameters": shape["parameters"],
+        "parameters_kept": shape["kept"],
+        "exact_match": evaluation.get("eval/exact_match"),
+        "exact_match_interval": None if low is None or high is None else [low, high],
+        "samples": evaluation.get("eval/samples"),
+        "perplexity": evaluation.get("eval/perplexity"),
+        "response_nll": evaluation.get("eval/response_nll"),
+        "agreement": evaluation.get("eval/agreement"),
+        "ttft_s": latency.get("ttft_s"),
+        "tpot_s": latency.get("tpot_s"),
+        "tokens_per_s": latency.get("tokens_per_s"),
+        "peak_bytes": latency.get("peak_bytes"),
+        "speed_up": _share(baseline.get("tpot_s"), latency.get("tpot_s")),
+        "benchmark": {name: latency[name] for name in ("batch", "prompt", "output") if name in latency},
+        "train_tokens": _train_tokens(cell, store),
+        "state": "done" if all(store.record(stage.identity) for stage in cell.stages) else "unfinished",
+        "store": str(_last_folder(cell, store)),
+    }
+
+
+def variant(cell: Cell) -> str:
+    """The axes that neither teacher, ratio, method nor seed tell: `loss.kv=3`, empty for most sweeps."""
+    told = ("teacher", "prune", "distill.method", "seed", "seeds")
+    other = {path: value for path, value in cell.axes.items() if not any(_under(path, name) for name in told)}
+    widths = {path: value for path, value in cell.axes.items() if _under(path, "prune")}
+    shown = {**(widths if len(widths) > 1 else {}), **other}
+    return " ".join(f"{path.rsplit('.', 1)[-1]}={_plain(value)}" for path, value in sorted(shown.items()))
+
+
+def _under(path: str, section: str) -> bool:
+    return path == section or path.startswith(section + ".")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells that differ in nothing but the seed, and their numbers over the seeds."""
+
+    teacher: str
+    ratio: float
+    variant: str
+    method: str
+    members: tuple[Row, ...]
+    exact_match: Interval | None
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a column over the seeds that have it."""
+        values = [member[name] for member in self.members if member[name] is not None]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the members."""
+        return tuple(member["seed"] for member in self.members)
+
+
+def groups(table: Sequence[Row], outcomes: Mapping[str, Mapping[int, bool]]) -> list[Group]:
+    """Rows without their seeds, in the order teacher, ratio, variant, method; the full model once per teacher.
+
+    `outcomes` has {identity: {sample: correct}} for the cells that are evaluated."""
+    gathered: dict[tuple[str, float, str, int], dict[str, Row]] = {}
+    for entry in table:
+        full = entry["method"] == "full"
+        key = (entry["teacher"], 0.0 if full else entry["ratio"], "" if full else entry["variant"])
+        gathered.setdefault((*key, METHODS.index(entry["method"])), {})[entry["identity"]] = entry
+    return [
+        Group(teacher, ratio, text, METHODS[method], tuple(members.values()), _over_seeds(members, outcomes))
+        for (teacher, ratio, text, method), members in sorted(gathered.items(), key=lambda item: item[0])
+    ]
+
+
+def _over_seeds(members: Mapping[str, Row], outcomes: Mapping[str, Mapping[int, bool]]) -> Interval | None:
+    known = [outcomes[identity] for identity in members if identity in outcomes]
+    return share_over_seeds(known) if known else None
+
+
+@dataclass(frozen=True)
+class Duel:
+    """OverFill against pruned-only under otherwise equal conditions."""
+
+    teacher: str
+    ratio: float
+    variant: str
+    comparison: Comparison
+
+
+def duels(found: Sequence[Group], outcomes: Mapping[str, Mapping[int, bool]]) -> list[Duel]:
+    """Every (teacher, ratio, variant) where both methods are evaluated, over the seeds that both have."""
+    pruned = {(group.teacher, group.ratio, group.variant): group for group in found if group.method == "pruned"}
+    result: list[Duel] = []
+    for group in found:
+        rival = pruned.get((group.teacher, group.ratio, group.variant))
+        if group.method != "overfill" or rival is None:
+            continue
+        ours, theirs = _by_seed(group, outcomes), _by_seed(rival, outcomes)
+        seeds = [seed for seed in ours if seed in theirs]
+        if seeds:
+            comparison = compare([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+            result.append(Duel(group.teacher, group.ratio, group.variant, comparison))
+    return result
+
+
+def _by_seed(group: Group, outcomes: Mapping[str, Mapping[int, bool]]) -> dict[int, Mapping[int, bool]]:
+    members = [member for member in group.members if member["identity"] in outcomes]
+    return {member["seed"]: outcomes[member["identity"]] for member in members}
+
+
+def correct_samples(cells: Iterable[Cell], store: Store) -> dict[str, dict[int, bool]]:
+    """{identity of the cell: {sample: correct}} of every cell that is evaluated."""
+    import pyarrow.parquet as parquet
+
+    found: dict[str, dict[int, bool]] = {}
+    for cell in cells:
+        folder = payload_of(cell, store, "evaluate")
+        if folder is None or cell.identity in found:
+            continue
+        table = parquet.read_table(folder / "samples.parquet", columns=["sample", "correct"]).to_pydict()
+        found[cell.identity] = dict(zip(table["sample"], map(bool, table["correct"]), strict=True))
+    return found
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (cost, quality) points that no other point beats in both, by rising cost."""
+    order = sorted(range(len(points)), key=lambda index: (points[index][0], -points[index][1]))
+    kept: list[int] = []
+    for index in order:
+        if not kept or points[index][1] > points[kept[-1]][1]:
+            kept.append(index)
+    return kept
+
+
+def to_ship(found: Sequence[Group]) -> dict[str, tuple[Group, bool]]:
+    """Per teacher the fastest group that keeps `KEEP_QUALITY` of the full model's exact match, else the most accurate.
+
+    The flag says whether the quality is kept. Teachers without a measured full model and student are left out."""
+    chosen: dict[str, tuple[Group, bool]] = {}
+    for teacher in dict.fromkeys(group.teacher for group in found):
+        own = [group for group in found if group.teacher == teacher and group.exact_match is not None]
+        full = next((group.exact_match.value for group in own if group.method == "full" and group.exact_match), None)
+        students = [(group, group.mean("tpot_s"), group.exact_match) for group in own if group.method != "full"]
+        timed = [(group, tpot, share.value) for group, tpot, share in students if tpot is not None and share is not None]
+        if full is None or not timed:
+            continue
+        kept = [entry for entry in timed if entry[2] >= KEEP_QUALITY * full]
+        best = min(kept, key=lambda entry: entry[1]) if kept else max(timed, key=lambda entry: entry[2])
+        chosen[teacher] = (best[0], bool(kept))
+    return chosen
+
+
+def stage_of(cell: Cell, name: str) -> Stage | None:
+    """The cell's stage of that name, or None."""
+    return next((stage for stage in cell.stages if stage.name == name), None)
+
+
+def payload_of(cell: Cell, store: Store, name: str) -> Path | None:
+    """Payload folder of the cell's stage of that name, None while there is none."""
+    stage = stage_of(cell, name)
+    return None if stage is None or store.record(stage.identity) is None else store.payload(stage)
+
+
+def latency_row(cell: Cell, store: Store, system: str) -> dict[str, Any]:
+    """The benchmark's numbers of one system at the first grid point, empty while there are none."""
+    folder = payload_of(cell, store, "benchmark")
+    if folder is None:
+        return {}
+    measured = _read_json(folder / "latency.json")["rows"]
+    return next((entry for entry in measured if entry["system"] == system), {})
+
+
+def _metrics(cell: Cell, store: Store, name: str) -> Mapping[str, Any]:
+    stage = stage_of(cell, name)
+    record = None if stage is None else store.record(stage.identity)
+    return {} if record is None else record.metrics
+
+
+def _parameters(cell: Cell, store: Store) -> dict[str, float | int | None]:
+    """Parameters of the model that decodes, and how many that is of the full model's."""
+    full = model_shape(_teacher_folder(cell, store))
+    own = full if cell.method == "full" else model_shape(_student_folder(cell, store))
+    total, kept = (None if shape is None else shape.parameters() for shape in (full, own))
+    share = _share(kept, total)
+    return {"parameters": kept, "kept": share, "ratio_effective": None if share is None else 1 - share}
+
+
+def _student_folder(cell: Cell, store: Store) -> Path | None:
+    return payload_of(cell, store, "distill") or payload_of(cell, store, "prune")
+
+
+def _teacher_folder(cell: Cell, store: Store) -> Path | None:
+    stage = stage_of(cell, "teacher")
+    if stage is not None:
+        return payload_of(cell, store, "teacher")
+    given = (source for stage in cell.stages for source in stage.inputs.values() if _is_model(source))
+    location = next((source.location for source in given), None)
+    return None if location is None else Path(location)
+
+
+def _is_model(source: Stage | External) -> bool:
+    return getattr(source, "kind", None) in ("model", "teacher")
+
+
+def model_shape(folder: Path | None) -> ModelShape | None:
+    """Shape of the `transformers` model in `folder`; None without a config.json there."""
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return ModelShape.from_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def _train_tokens(cell: Cell, store: Store) -> int | None:
+    stage = stage_of(cell, "distill")
+    if stage is None:
+        return None
+    curve = Curve(store.progress(stage) / "metrics.jsonl")
+    curve.update()
+    return None if curve.last is None else curve.last.tokens
+
+
+def _last_folder(cell: Cell, store: Store) -> Path:
+    return store.folder(cell.stages[-1])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove its stage folder and run the sweep again") from error
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
