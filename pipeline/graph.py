@@ -1,0 +1,198 @@
+"""The one place that knows the order of the stages: a cell's config -> its stages, each with its identity.
+
+    tokenizer ──► data ──► teacher ──► calibrate ──► prune ──► distill ──► evaluate
+                                                        └──────────────────► benchmark
+
+A teacher from the Hub is fetched by the `teacher` stage into the store, pinned by its revision; one in a local folder
+is an external input, pinned by its content. The benchmark reads the untrained student: latency depends on shapes, so
+one measurement serves every method and seed of a ratio.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from overfill.errors import UserError
+from overfill.shapes import ModelShape, PrunedWidths, resolve_widths
+from pipeline.config import DataConfig, ExperimentConfig, TeacherConfig
+from pipeline.fingerprint import digest_tree, identity_config
+from pipeline.machine import device_description, library_versions
+from pipeline.stage import External, Stage
+
+SYSTEM = {"full": "full", "overfill": "overfill", "pruned": "student", "scratch": "student"}
+"""Which system of an evaluation or a benchmark a method is."""
+TOY_VOCABULARY = 48
+"""Upper bound of the toy tokenizer's vocabulary, for parameter counts before it is made."""
+
+Input = Stage | External
+
+
+def cell_stages(config: ExperimentConfig, teacher_shape: ModelShape | None = None) -> list[Stage]:
+    """The stages of a cell (a config without sweep axes), in topological order.
+
+    Raises UserError for files that are not there and for a teacher whose shape cannot be known."""
+    method = config.distill.method
+    files = _files(config.data)
+    tokenizer = _tokenizer(config, files)
+    data = _data(config.data, tokenizer, files)
+    teacher = tokenizer if isinstance(tokenizer, External) else _teacher(config, tokenizer, data)
+    label = config.teacher.label
+    stages: list[Input] = [tokenizer, data, teacher]
+    inputs: dict[str, Input] = {"teacher": teacher, "data": data}
+    if method == "full":
+        return _stages([*stages, _evaluate(config, inputs, label), _benchmark(config, {"teacher": teacher}, label)])
+    widths = cell_widths(config, teacher_shape)
+    scores = Stage(
+        name="calibrate",
+        version=1,
+        config=identity_config(config.calibrate),
+        inputs=dict(inputs),
+        function="pipeline.stages.importance:run",
+        label=label,
+    )
+    prune = _prune(teacher, scores, widths, f"{label}-{ratio_label(widths)}")
+    distill = _distill(config, {**inputs, "student": prune, "scores": scores}, f"{label}-{ratio_label(widths)}")
+    evaluate = _evaluate(config, {**inputs, "student": distill}, distill.label)
+    benchmark = _benchmark(config, {"teacher": teacher, "student": prune}, prune.label)
+    return _stages([*stages, scores, prune, distill, evaluate, benchmark])
+
+
+def ratio_label(widths: PrunedWidths) -> str:
+    """`0.75`, or `h0.75-i0.5` when the two requested ratios differ."""
+    hidden, intermediate = round(widths.hidden_requested, 4), round(widths.intermediate_requested, 4)
+    return f"{hidden:g}" if hidden == intermediate else f"h{hidden:g}-i{intermediate:g}"
+
+
+def cell_widths(config: ExperimentConfig, shape: ModelShape | None = None) -> PrunedWidths:
+    """The student's widths in this cell."""
+    return resolve_widths(shape or teacher_shape(config), config.prune)
+
+
+def teacher_shape(config: ExperimentConfig) -> ModelShape:
+    """The full model's shape: from the file's `pretrain` or `shape`, a local folder, or the Hub's cache or network."""
+    teacher = config.teacher
+    if teacher.pretrain is not None:
+        vocabulary = teacher.pretrain.tokenizer.vocabulary or TOY_VOCABULARY
+        return ModelShape.from_config(teacher.pretrain.model_config_dict(vocabulary, config.data.max_length), "pretrain")
+    if teacher.shape is not None:
+        return ModelShape.from_config(teacher.shape, "teacher.shape")
+    return ModelShape.from_config(json.loads(_config_file(teacher).read_text(encoding="utf-8")), f"{teacher.model}")
+
+
+def _config_file(teacher: TeacherConfig) -> Path:
+    folder = Path(str(teacher.model)).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"teacher.model = {folder}: no config.json there; give a transformers model folder")
+        return folder / "config.json"
+    if teacher.revision is None:
+        raise UserError(f"teacher.model = {teacher.model}: no such folder; for a Hub id give `teacher.revision`, a commit")
+    from huggingface_hub import hf_hub_download  # only when a Hub model's shape is not in the file
+
+    try:
+        return Path(hf_hub_download(str(teacher.model), "config.json", revision=teacher.revision))
+    except Exception as error:  # any of the Hub client's, urllib's or the file system's errors ends here
+        raise UserError(
+            f"teacher.model = {teacher.model}: its config.json is neither cached nor reachable "
+            f"({type(error).__name__}); give its fields under `teacher.shape`"
+        ) from error
+
+
+def _stages(inputs: Iterable[Input]) -> list[Stage]:
+    return list({s.identity: s for s in inputs if isinstance(s, Stage)}.values())
+
+
+def _files(data: DataConfig) -> External | None:
+    if data.path is None:
+        return None
+    path = Path(data.path).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"data.path = {data.path}: no such file or folder; give a corpus file or its folder")
+    return External("files", _content(path), None, str(path))
+
+
+@lru_cache(maxsize=64)
+def _content(path: Path) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path}: is empty; put the corpus' files there")
+    try:
+        return digest_tree(files, root=path if path.is_dir() else path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _tokenizer(config: ExperimentConfig, files: External | None) -> Input:
+    """The tokenizer: trained here, or that of the teacher, which then is the same input."""
+    teacher = config.teacher
+    if teacher.pretrain is not None:
+        inputs: dict[str, Input] = {} if files is None else {"files": files}
+        settings = {"data": _data_config(config.data), "vocabulary": teacher.pretrain.tokenizer.vocabulary}
+        if config.data.source == "toy":
+            settings["data"] = {"source": "toy"}
+        return Stage("tokenizer", 1, settings, inputs, "pipeline.stages.tokenizer:run", config.data.source)
+    folder = Path(str(teacher.model)).expanduser().absolute()
+    if folder.is_dir():
+        return External("model", _content(folder), None, str(folder))
+    if teacher.revision is None:
+        raise UserError(f"teacher.model = {teacher.model}: no such folder; for a Hub id give `teacher.revision`, a commit")
+    fetch = {"model": teacher.model, "revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+    return Stage("teacher", 1, fetch, {}, "pipeline.stages.teacher:fetch", teacher.label)
+
+
+def _data_config(data: DataConfig) -> dict[str, Any]:
+    values = identity_config(data)
+    if data.source != "toy":
+        values.pop("tasks")
+    return values
+
+
+def _data(data: DataConfig, tokenizer: Input, files: External | None) -> Stage:
+    inputs = {"tokenizer": tokenizer} if files is None else {"tokenizer": tokenizer, "files": files}
+    return Stage("data", 1, _data_config(data), inputs, "pipeline.stages.data:run", data.source)
+
+
+def _teacher(config: ExperimentConfig, tokenizer: Stage, data: Stage) -> Stage:
+    if config.teacher.pretrain is None:
+        return tokenizer  # the fetched model brought the tokenizer
+    settings = {**identity_config(config.teacher.pretrain), "max_length": config.data.max_length}
+    settings.pop("tokenizer")
+    inputs: dict[str, Input] = {"tokenizer": tokenizer, "data": data}
+    return Stage("teacher", 1, settings, inputs, "pipeline.stages.teacher:run", config.teacher.label)
+
+
+def _prune(teacher: Input, scores: Stage, widths: PrunedWidths, label: str) -> Stage:
+    settings = {
+        "hidden": widths.hidden,
+        "intermediate": widths.intermediate,
+        "requested": [widths.hidden_requested, widths.intermediate_requested],
+    }
+    return Stage("prune", 1, settings, {"teacher": teacher, "scores": scores}, "pipeline.stages.prune:run", label)
+
+
+def _distill(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> Stage:
+    settings = identity_config(config.distill)
+    settings["loss"] = identity_config(config.distill.effective_loss)
+    settings["seed"] = config.seed
+    label = f"{label}-{config.distill.method}-s{config.seed}"
+    return Stage("distill", 1, settings, inputs, "pipeline.stages.distill:run", label)
+
+
+def _evaluate(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> Stage:
+    settings = {**identity_config(config.evaluate), "system": SYSTEM[config.distill.method]}
+    return Stage("evaluate", 1, settings, dict(inputs), "pipeline.stages.evaluate:run", label)
+
+
+def _benchmark(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> Stage:
+    resources = config.resources.benchmark
+    settings = {
+        **identity_config(config.benchmark),
+        "device": device_description(resources.gpus_per_worker),
+        "threads": resources.threads,
+        "versions": library_versions(),
+    }
+    return Stage("benchmark", 1, settings, inputs, "pipeline.stages.benchmark:run", label)

@@ -1,0 +1,134 @@
+"""An experiment's cells: every combination of its axes and seeds, as configs with their stages. Pure; no ray, no torch.
+
+The combinations are drawn here and not by the tuner, so that `plan` knows them before anything runs and a sweep that is
+run again has the same cells. Cells that come to the same stages (the full model at every ratio and seed) are one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from overfill.shapes import ModelShape, PrunedWidths
+from pipeline.config import ExperimentConfig, RangeConfig, SweepConfig
+from pipeline.config_io import validate, with_value
+from pipeline.fingerprint import fingerprint
+from pipeline.graph import cell_stages, cell_widths, ratio_label, teacher_shape
+from pipeline.stage import Stage
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of a sweep."""
+
+    index: int
+    label: str
+    """For people: `small · 0.75 · overfill · seed 0`."""
+    axes: dict[str, Any]
+    """Dotted path -> value, as this cell has it."""
+    config: ExperimentConfig
+    method: str
+    teacher: str
+    ratio: float
+    """Share of channels that was asked to be removed; the mean of both widths' where they differ; 0.0 for `full`."""
+    seed: int | None
+    """Seed of distillation; None for `full`, which nothing is drawn for."""
+    shape: ModelShape
+    """The full model's shape."""
+    widths: PrunedWidths | None
+    """The student's widths; None for `full`."""
+    stages: tuple[Stage, ...]
+    """In topological order."""
+
+    @property
+    def identity(self) -> str:
+        """Identity of what the cell ends in."""
+        return fingerprint([stage.identity for stage in self.leaves])
+
+    @property
+    def leaves(self) -> tuple[Stage, ...]:
+        """The stages whose results make the cell's row: accuracy and latency."""
+        return tuple(stage for stage in self.stages if stage.name in ("evaluate", "benchmark"))
+
+    def stage(self, name: str) -> Stage | None:
+        """The cell's stage of that name, if it has one."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+def expand(config: ExperimentConfig, where: str) -> list[Cell]:
+    """The cells of an experiment, in the order of its axes (the last axis varies fastest), equal ones once.
+
+    `where` names the file in errors. Raises UserError for an axis whose path or value does not fit."""
+    cells: dict[str, Cell] = {}
+    for axes in combinations(config.sweep):
+        values = config.model_dump(mode="python", exclude_unset=True)
+        values.pop("sweep", None)
+        for path, value in axes.items():
+            values = with_value(values, path, value, f"{where}: sweep.axes.{path}")
+        for seed in _seeds(config):
+            here = f"{where}: in the cell {_describe(axes)}"
+            cell = _cell(len(cells), axes, validate(ExperimentConfig, {**values, "seed": seed}, here))
+            cells.setdefault(cell.identity, cell)
+    return list(cells.values())
+
+
+def _seeds(config: ExperimentConfig) -> tuple[int, ...]:
+    return config.sweep.seeds if "seeds" in config.sweep.model_fields_set else (config.seed,)
+
+
+def combinations(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
+    """Dotted path -> value for every combination of the grid, or for `samples` random ones."""
+    if sweep.search == "grid":
+        paths = list(sweep.axes)
+        for values in itertools.product(*(sweep.axes[path] for path in paths)):
+            yield dict(zip(paths, values, strict=True))
+        return
+    source = random.Random(sweep.seed)
+    for _ in range(sweep.samples):
+        yield {path: _draw(values, source) for path, values in sweep.axes.items()}
+
+
+def _draw(values: tuple[Any, ...] | RangeConfig, source: random.Random) -> Any:
+    if not isinstance(values, RangeConfig):
+        return source.choice(values)
+    if values.log_uniform is not None:
+        low, high = values.log_uniform
+        return float(f"{math.exp(source.uniform(math.log(low), math.log(high))):.4g}")
+    assert values.uniform is not None  # one of the two is there, by validation
+    return round(source.uniform(*values.uniform), 4)
+
+
+def _cell(index: int, axes: Mapping[str, Any], config: ExperimentConfig) -> Cell:
+    method, teacher = config.distill.method, config.teacher.label
+    shape = teacher_shape(config)
+    widths = None if method == "full" else cell_widths(config, shape)
+    parts = [teacher] if widths is None else [teacher, ratio_label(widths)]
+    parts += [method] if widths is None else [method, *_other_axes(axes), f"seed {config.seed}"]
+    ratio = 0.0 if widths is None else round((widths.hidden_requested + widths.intermediate_requested) / 2, 4)
+    return Cell(
+        index=index,
+        label=" · ".join(parts),
+        axes=dict(axes),
+        config=config,
+        method=method,
+        teacher=teacher,
+        ratio=ratio,
+        seed=None if widths is None else config.seed,
+        shape=shape,
+        widths=widths,
+        stages=tuple(cell_stages(config, shape)),
+    )
+
+
+def _other_axes(axes: Mapping[str, Any]) -> list[str]:
+    """The axes that teacher, ratio and method do not tell already, as `learning_rate=0.001`."""
+    told = ("teacher", "prune", "distill.method")
+    return [f"{path.split('.')[-1]}={value}" for path, value in axes.items() if not path.startswith(told)]
+
+
+def _describe(axes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path}={value}" for path, value in axes.items()) or "of this file"
