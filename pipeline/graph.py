@@ -117,11 +117,10 @@ def _files(data: DataConfig) -> External | None:
 
 @lru_cache(maxsize=64)
 def _content(path: Path) -> str:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: is empty; put the corpus' files there")
+    if path.is_dir() and not any(path.iterdir()):
+        raise UserError(f"{path}: is empty; put the corpus' or the model's files there")
     try:
-        return digest_tree(files, root=path if path.is_dir() else path.parent)
+        return digest_tree(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
+.PHONY: quickstart test test-fast test-integration check ui clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/overfill run sweeps/quickstart.yaml
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not integration"
+	$(BIN)/python -m pytest -m integration
+
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not integration"
+
+test-integration: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m integration
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+ui: $(VENV)/.installed
+	$(BIN)/overfill ui
+
+# Packages are not compiled to byte code at installation: of the many files that come along few are ever imported, and
+# Python compiles those when they are.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name another with PYTHON=..."; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a few minutes at first)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	@$(PIP) --editable '.[test,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
