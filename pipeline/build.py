@@ -1,0 +1,198 @@
+"""One attempt at an artifact: from taking the lease to publishing the payload by one rename.
+
+Publishing, in this order: every file of the staging folder goes to disk and is digested; the record is written into the
+same folder, to disk; the lease is checked; the folder is renamed to `payload`. Whatever instant a process is killed at,
+there is either no payload or a whole one. A loser of the lease that wakes up between the check and the rename either
+publishes a whole payload, which the new holder then finds in its way and uses, or finds its staging folder gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.lease import BEAT, Lease, LeaseLost, acquire, attempt_folder
+from pipeline.record import (
+    RECORD_FILE,
+    FileEntry,
+    Record,
+    libraries,
+    payload_files,
+    plain_metrics,
+    read_json,
+    source_commit,
+    sync_file,
+    sync_folder,
+    write_json,
+    write_text,
+)
+from pipeline.fingerprint import digest_file
+from pipeline.resume import Facts, Outcome
+from pipeline.stage import Stage
+from pipeline.store import ATTEMPT_FILE, CHECKPOINTS, LOG_FILE, OUTCOME_FILE, STOPPED_FILE, Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Build:
+    """A running attempt. End it with `publish`, `fail`, `interrupt` or `stop`, then `release`."""
+
+    stage: Stage
+    folder: Path
+    """The artifact's folder."""
+    lease: Lease
+    staging: Path
+    """Where the payload is written."""
+    resources: Any
+    """What it runs on, for the record."""
+    started: float
+    """Seconds since the epoch."""
+    clock: float
+    """The same, of a clock that does not jump."""
+
+    @classmethod
+    def begin(cls, store: Store, stage: Stage, facts: Facts, resources: Any = None, beat: float = BEAT) -> Build | None:
+        """Take the lease of the next attempt; None when another process was faster or has published meanwhile.
+
+        What dead attempts left behind is cleared: their outcome is written down, their staging folders removed."""
+        folder = store.create(stage)
+        lease = acquire(folder / "attempts", facts.attempt, beat)
+        if lease is None:
+            return None
+        try:
+            if facts.attempt:
+                _close_dead(attempt_folder(folder / "attempts", facts.attempt), facts)
+            for leftover in folder.glob("staging-*"):
+                shutil.rmtree(leftover)
+            build = cls(stage, folder, lease, folder / f"staging-{lease.folder.name}", resources, 0.0, 0.0)
+            build.started, build.clock = time.time(), time.monotonic()
+            content = {"started": build.started, "host": socket.gethostname(), "pid": os.getpid()}
+            write_json(lease.folder / ATTEMPT_FILE, content | {"resources": _plain(resources)})
+            if (folder / "payload").exists():
+                build._end("interrupted", "an earlier attempt has published meanwhile")
+                lease.release()
+                return None
+            build.staging.mkdir()
+            (folder / "progress" / STOPPED_FILE).unlink(missing_ok=True)
+        except BaseException:
+            lease.release()
+            raise
+        return build
+
+    @property
+    def log_path(self) -> Path:
+        """Log of this attempt."""
+        return self.lease.folder / LOG_FILE
+
+    @property
+    def progress(self) -> Path:
+        """Folder of what outlives attempts."""
+        return self.folder / "progress"
+
+    def publish(self, metrics: Mapping[str, Any] | None) -> Record:
+        """Make the staging folder the artifact.
+
+        Raises LeaseLost when another process has taken over, ValueError for a link in the payload, TypeError for a
+        metric that is neither number nor string; then nothing is published."""
+        record = self._record(metrics)
+        write_text(self.staging / RECORD_FILE, record.model_dump_json(indent=2) + "\n")
+        self.lease.require()
+        try:
+            os.rename(self.staging, self.folder / "payload")
+        except OSError as error:
+            raise LeaseLost(f"{self.folder}: its payload was published or its staging folder removed meanwhile") from error
+        sync_folder(self.folder)
+        self._end("done")
+        shutil.rmtree(self.progress / CHECKPOINTS, ignore_errors=True)  # never needed again, and several payloads large
+        return record
+
+    def _record(self, metrics: Mapping[str, Any] | None) -> Record:
+        finished, seconds = time.time(), time.monotonic() - self.clock
+        files: dict[str, FileEntry] = {}
+        for name, path in payload_files(self.staging):
+            sync_file(path)
+            files[name] = FileEntry(size=path.stat().st_size, sha256=digest_file(path))
+        for folder, _, _ in os.walk(self.staging):
+            sync_folder(Path(folder))
+        return Record(
+            stage=self.stage.name,
+            identity=self.stage.identity,
+            label=self.stage.label,
+            function=self.stage.function,
+            version=self.stage.version,
+            inputs={name: source.identity for name, source in self.stage.inputs.items()},
+            files=files,
+            metrics=plain_metrics(metrics),
+            commit=source_commit(),
+            libraries=libraries(),
+            resources=_plain(self.resources),
+            host=socket.gethostname(),
+            attempt=self.lease.number,
+            started=self.started,
+            finished=finished,
+            seconds=seconds,
+            seconds_all_attempts=seconds + self._seconds_before(),
+        )
+
+    def _seconds_before(self) -> float:
+        outcomes = (read_json(path) for path in self.lease.folder.parent.glob(f"*/{OUTCOME_FILE}"))
+        return sum(outcome.get("seconds", 0.0) for outcome in outcomes if outcome)
+
+    def fail(self, error: str) -> None:
+        """The function raised: nothing is published, progress is kept."""
+        self._abandon("failed", error)
+
+    def interrupt(self, error: str) -> None:
+        """The process was told to end, or lost its lease."""
+        self._abandon("interrupted", error)
+
+    def stop(self, reason: str) -> None:
+        """The scheduler stopped it: later plans leave it alone unless they are told to continue it."""
+        content = {"reason": reason, "attempt": self.lease.number, "time": time.time()}
+        write_json(self.progress / STOPPED_FILE, content)
+        self._abandon("stopped", reason)
+
+    def release(self) -> None:
+        """Give the lease back. A second call does nothing."""
+        self.lease.release()
+
+    def _abandon(self, status: Outcome, error: str) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)  # another holder may be clearing it away at the same time
+        self._end(status, error)
+
+    def _end(self, status: Outcome, error: str = "") -> None:
+        if not self.lease.folder.is_dir():
+            log.warning("%s was removed while it was running", self.lease.folder)
+            return
+        content = {
+            "status": status,
+            "error": error,
+            "log": str(self.log_path),
+            "started": self.started,
+            "ended": time.time(),
+            "seconds": time.monotonic() - self.clock,
+        }
+        write_json(self.lease.folder / OUTCOME_FILE, content)
+
+
+def _close_dead(attempt: Path, facts: Facts) -> None:
+    """Write down how an attempt ended that could not say so itself."""
+    if attempt.is_dir() and not (attempt / OUTCOME_FILE).exists():
+        begun = (read_json(attempt / ATTEMPT_FILE) or {}).get("started", 0.0)
+        log_file = attempt / LOG_FILE
+        # Its log is the last trace of it: a lower bound of how long it ran.
+        last = log_file.stat().st_mtime if log_file.exists() else begun
+        content = {"status": "interrupted", "error": facts.error, "log": str(log_file)}
+        write_json(attempt / OUTCOME_FILE, content | {"started": begun, "ended": last, "seconds": max(last - begun, 0.0)})
+
+
+def _plain(resources: Any) -> Any:
+    return resources.model_dump(mode="json") if hasattr(resources, "model_dump") else resources

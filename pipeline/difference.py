@@ -1,0 +1,68 @@
+"""In which fields two stages differ, in words: the reason that `plan` gives for building something again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_ABSENT = "nothing"
+_SHOWN = 3
+_LONGEST = 60
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One field in which a stage that exists differs from the wanted one."""
+
+    field: str
+    """Dotted path, such as `config.loss.kv` or `inputs.tokens.config.max_length`."""
+    there: str
+    """Its value in the artifact that exists, as JSON."""
+    here: str
+    """Its value in the wanted stage, as JSON."""
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.there} there, {self.here} here"
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Fields that differ between two full descriptions (`Stage.full_description`), nearest first.
+
+    An input that several stages share differs once: it is reported at its shortest path."""
+    found: dict[tuple[str, str, str, str], Difference] = {}
+    mine, theirs = dict(_leaves(here)), dict(_leaves(there))
+    for path in sorted(mine.keys() | theirs.keys(), key=lambda path: (path.count(".inputs."), len(path), path)):
+        a, b = theirs.get(path, _ABSENT), mine.get(path, _ABSENT)
+        if a != b:
+            owner, _, leaf = path.rpartition("inputs.")
+            source, _, leaf = leaf.partition(".") if owner else ("", "", path)
+            found.setdefault((source, leaf, a, b), Difference(path, a, b))
+    return tuple(found.values())
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else key)
+    else:
+        yield path, json.dumps(value)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The existing artifact of the same stage that differs in the fewest fields."""
+
+    artifact: str
+    """`<stage>/<label>_<identity>`."""
+    differences: tuple[Difference, ...]
+
+    def __str__(self) -> str:
+        shown = "; ".join(_short(str(difference)) for difference in self.differences[:_SHOWN])
+        more = len(self.differences) - _SHOWN
+        return f"nearest is {self.artifact}, which differs in {shown}" + (f"; and {more} more" if more > 0 else "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 2 * _LONGEST else f"{text[:_LONGEST]} ... {text[-_LONGEST:]}"

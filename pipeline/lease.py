@@ -1,0 +1,278 @@
+"""Leases: one builder per artifact, on one machine or on several that share a file system.
+
+An attempt's number is its lease. To build, a process prepares a folder with its `lease.json` inside and renames it to
+`attempts/<last + 1>`: a rename onto a folder that is not empty fails, so of any number of processes exactly one gets
+the number, and the folder is whole from its first moment. Nothing is ever taken out of `attempts/`, so a slow process
+that decided on old news finds its number taken and looks again; deleting and re-creating one lock file has no such
+guarantee. The holder is the newest attempt; an older one has lost its lease and sees that before it publishes.
+
+A holder rewrites a counter in its `lease.json` every few seconds (in place, through the descriptor it created it with,
+so a loser can never write over its successor). A waiter takes a lease over when
+
+- the holder's process is gone, which is known at once on the same host (same boot, same process namespace, same pid
+  with the same start time), or
+- the counter has not *moved* for `TTL` seconds of the waiter's own monotonic clock. No two clocks are compared, so
+  neither skew nor a jump can end a live lease; and a gap between two looks counts for at most a quarter of `TTL`, so
+  that a waiter that was itself suspended together with the holder does not wake up and shoot it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+log = logging.getLogger(__name__)
+
+BEAT = 5.0
+"""Seconds between two heartbeats."""
+TTL = 90.0
+"""Seconds without a moving heartbeat after which a lease is dead."""
+LEASE_FILE = "lease.json"
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds a lease."""
+
+    host: str
+    """Host name, boot and process namespace: where a pid means something."""
+    pid: int
+    started: int | None
+    """Start of the process in clock ticks since boot: a pid is reused, the pair is not. None where unknown."""
+    token: str
+    """Unique to this lease."""
+
+    @classmethod
+    def here(cls) -> Owner:
+        """This process, with a new token."""
+        return cls(host_key(), os.getpid(), process_start(os.getpid()), uuid.uuid4().hex)
+
+    def is_gone(self) -> bool:
+        """Whether the process is known to have ended; False where it cannot be known from here."""
+        if self.host != host_key():
+            return False
+        if not process_exists(self.pid):
+            return True
+        start = process_start(self.pid)
+        return None not in (start, self.started) and start != self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host.partition('/')[0]}"
+
+
+@lru_cache(maxsize=1)
+def host_key() -> str:
+    """Name of this host that changes with every boot and differs between containers that cannot see each other."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # no /proc: the host name alone has to do
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
+        parts.append(os.readlink("/proc/self/ns/pid").strip("pid:[]"))
+    return "/".join(parts)
+
+
+def process_start(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot; 0 for a zombie, None where it cannot be read."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def process_exists(pid: int) -> bool:
+    """Whether there is a process (or an unreaped one) of this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class LeaseLost(Exception):
+    """Another process has taken the artifact over; what was built here must not be published."""
+
+
+class Lease:
+    """A held lease, with its heartbeat in a daemon thread. Use as a context manager, or call `release`."""
+
+    def __init__(self, folder: Path, descriptor: int, owner: Owner, beat: float) -> None:
+        self.folder = folder
+        """The attempt's folder."""
+        self.number = int(folder.name)
+        """The attempt's number, from 1."""
+        self.owner = owner
+        self._descriptor = descriptor
+        self._count = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(beat,), name=f"lease {folder}", daemon=True)
+        self._thread.start()
+
+    def held(self) -> bool:
+        """Whether this is still the newest attempt, and the file on disk the one that this process made."""
+        try:
+            mine, there = os.fstat(self._descriptor), os.stat(self.folder / LEASE_FILE)
+        except OSError:
+            return False  # released, or the folder was removed under us
+        return os.path.samestat(mine, there) and newest_attempt(self.folder.parent) == self.number
+
+    def require(self) -> None:
+        """Raise LeaseLost unless it is still held."""
+        if not self.held():
+            raise LeaseLost(f"{self.folder}: another process has taken over, or the folder was removed")
+
+    def release(self) -> None:
+        """Stop the heartbeat and mark the lease as over. A second call does nothing."""
+        if self._end.is_set():
+            return
+        self._end.set()
+        self._thread.join()
+        _write(self._descriptor, self.owner, self._count, over=True)
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _beat(self, interval: float) -> None:
+        while not self._end.wait(interval):
+            self._count += 1
+            try:
+                _write(self._descriptor, self.owner, self._count)
+            except OSError:
+                log.warning("the heartbeat of %s could not be written", self.folder, exc_info=True)
+
+
+def _write(descriptor: int, owner: Owner, count: int, over: bool = False) -> None:
+    """Rewrite the file in place; the text has the same length every time, so a reader never sees a torn one."""
+    body = {"owner": asdict(owner), "state": "over" if over else "held", "beat": f"{count:012d}"}
+    os.pwrite(descriptor, json.dumps(body).encode() + b"\n", 0)
+    os.fsync(descriptor)  # on a network file system this is what makes the beat visible to others
+
+
+def newest_attempt(attempts: Path) -> int:
+    """The highest attempt number; 0 when there is none."""
+    try:
+        return max((int(name) for name in os.listdir(attempts) if name.isdecimal()), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def attempt_folder(attempts: Path, number: int) -> Path:
+    """Folder of an attempt."""
+    return attempts / f"{number:04d}"
+
+
+def acquire(attempts: Path, after: int, beat: float = BEAT) -> Lease | None:
+    """Take the lease of attempt `after + 1`; None when another process was faster.
+
+    `after` is the attempt that was seen to be over or dead, 0 for none. `lease.json` beside `attempts/` is pointed at
+    the new one, for people: nothing here reads it."""
+    owner = Owner.here()
+    fresh = attempts / f".new-{owner.token}"
+    fresh.mkdir(parents=True)
+    descriptor = os.open(fresh / LEASE_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    _write(descriptor, owner, 0)
+    folder = attempt_folder(attempts, after + 1)
+    try:
+        os.rename(fresh, folder)
+    except OSError as error:
+        os.close(descriptor)
+        shutil.rmtree(fresh, ignore_errors=True)  # the winner may be clearing it away at the same time
+        if error.errno in _TAKEN or isinstance(error, FileNotFoundError):
+            return None
+        raise
+    _clear_losers(attempts)
+    _point(attempts.parent / LEASE_FILE, folder / LEASE_FILE, owner.token)
+    return Lease(folder, descriptor, owner, beat)
+
+
+def _clear_losers(attempts: Path) -> None:
+    """Remove what contenders that died before their rename left; a live one sees that and has lost anyway."""
+    for name in os.listdir(attempts):
+        if name.startswith(".new-"):
+            shutil.rmtree(attempts / name, ignore_errors=True)
+
+
+def _point(link: Path, target: Path, token: str) -> None:
+    fresh = link.with_name(f".{link.name}-{token}")
+    os.symlink(os.path.relpath(target, link.parent), fresh)
+    os.replace(fresh, link)
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What a waiter knows of an artifact's newest attempt."""
+
+    state: Literal["free", "held", "dead"]
+    """`free`: nobody builds; `held`: somebody does; `dead`: somebody did and ended without a word."""
+    attempt: int = 0
+    """Number of the newest attempt; 0 for none."""
+    owner: Owner | None = None
+    why: str = ""
+    """Of a dead lease: how that is known."""
+
+
+class Watch:
+    """A waiter's view of one artifact's lease; look again and again, and a silent holder is found dead."""
+
+    def __init__(self, attempts: Path, ttl: float = TTL, clock: Callable[[], float] = time.monotonic) -> None:
+        self.attempts = attempts
+        self._ttl = ttl
+        self._clock = clock
+        self._seen: tuple[int, bytes] | None = None
+        self._looked = 0.0
+        self._unmoved = 0.0
+
+    def look(self) -> Sighting:
+        """The state now. A lease on another host is `held` at the first look: only time can tell."""
+        number = newest_attempt(self.attempts)
+        if number == 0:
+            return Sighting("free")
+        try:
+            raw = (attempt_folder(self.attempts, number) / LEASE_FILE).read_bytes()
+        except FileNotFoundError:
+            return Sighting("dead", number, None, "its lease.json is gone")
+        owner, over = _parse(raw)
+        if over:
+            return Sighting("free", number, owner)
+        if owner is not None and owner.is_gone():
+            return Sighting("dead", number, owner, f"{owner} is gone")
+        if self._silent_for(number, raw) >= self._ttl:
+            return Sighting("dead", number, owner, f"{owner or 'its owner'} gave no sign of life for {self._ttl:.0f} s")
+        return Sighting("held", number, owner)
+
+    def _silent_for(self, number: int, raw: bytes) -> float:
+        now = self._clock()
+        if self._seen == (number, raw):
+            self._unmoved += min(max(now - self._looked, 0.0), self._ttl / 4)
+        else:
+            self._seen, self._unmoved = (number, raw), 0.0
+        self._looked = now
+        return self._unmoved
+
+
+def _parse(raw: bytes) -> tuple[Owner | None, bool]:
+    """(owner, over) of a lease file; (None, False) when it cannot be read, which leaves it to the heartbeat's clock."""
+    try:
+        body = json.loads(raw)
+        return Owner(**body["owner"]), body["state"] == "over"
+    except (ValueError, KeyError, TypeError):
+        return None, False

@@ -1,0 +1,245 @@
+"""Executes a plan: decide, do one thing, look again, until the targets are there.
+
+Nothing is decided here: `resume.plan` says what to do, and after every stage and every wait it is asked anew, for other
+processes work on the same store. What a stage's function raises becomes `outcome.json`, a traceback in its log and one
+line for people.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from overfill.errors import UserError
+from pipeline.build import Build
+from pipeline.lease import BEAT, LeaseLost
+from pipeline.record import Record
+from pipeline.resume import Action, Facts, Refuse, Resume, Run, plan
+from pipeline.stage import Metrics, Stage, StageRun, Stopped, resolve, sinks
+from pipeline.store import AlteredArtifact, Store
+
+log = logging.getLogger(__name__)
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class StageFailed(Exception):
+    """A stage's function raised. `str(error)` is one line with the cause and where the log is."""
+
+    def __init__(self, stage: Stage, cause: str, log: Path | str) -> None:
+        super().__init__(f"{stage} failed: {cause} (log: {log})")
+        self.stage = stage
+        self.cause = cause
+        """One line."""
+        self.log = Path(log)
+        """With the full traceback."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stage, self.cause, self.log)
+
+
+class StageStopped(Stopped):
+    """The scheduler has stopped a stage, now or in an earlier run."""
+
+    def __init__(self, stage: Stage, reason: str) -> None:
+        super().__init__(f"{stage} was stopped: {reason}")
+        self.stage = stage
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stage, self.reason)
+
+
+def _ignore(*_: Any) -> None:
+    """No display."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the machine supplies; nothing of it counts in an identity."""
+
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    """Stage name -> what its function gets as `run.resources`."""
+    stop_requested: Callable[[], bool] = lambda: False
+    """Whether the scheduler wants this run to stop; the stage's function asks."""
+    on_start: Callable[[Stage, Action], None] = _ignore
+    """A stage begins, by this action (Run or Resume)."""
+    on_done: Callable[[Stage, Record], None] = _ignore
+    """A stage is published."""
+    on_reuse: Callable[[Stage, Record], None] = _ignore
+    """A needed stage was there already, or another process has finished it."""
+    on_wait: Callable[[Stage, Action], None] = _ignore
+    """A stage is left to another process, or waits for an input; called once for each reason."""
+    continue_stopped: bool = False
+    """Take up what the scheduler stopped."""
+    since: float = field(default_factory=time.time)
+    """Seconds since the epoch: a failure after it, in whatever process, is final. A sweep gives all cells its start."""
+    poll: float = 1.0
+    """Seconds between two looks at what another process is building."""
+    beat: float = BEAT
+    """Seconds between heartbeats of a lease."""
+
+
+def run_graph(
+    stages: Sequence[Stage], store: Store, context: RunContext | None = None, targets: Sequence[Stage] | None = None
+) -> dict[str, Record]:
+    """Build what is missing of the targets, and return their records by identity.
+
+    `targets` are by default those of `stages` that no other is made from. Raises StageFailed (a function raised, here
+    or meanwhile in another process), StageStopped (by the scheduler), AlteredArtifact (a needed artifact is damaged)."""
+    context = context or RunContext()
+    targets = sinks(stages) if targets is None else list(targets)
+    told: set[tuple[str, str]] = set()
+    while True:
+        facts = store.gather(targets)
+        actions = plan(targets, facts, targets, continue_stopped=context.continue_stopped, since=context.since)
+        _raise_refusals(actions, facts)
+        _tell(actions, store, context, told)
+        ready = [action for action in actions if isinstance(action, Run | Resume) and not action.after]
+        if ready:
+            _execute(ready[0], facts[ready[0].stage.identity], store, context, told)
+        elif all(action.kind == "reuse" for action in actions):
+            return {stage.identity: _finished(store, stage) for stage in targets}
+        else:
+            _wait(context)
+
+
+def _raise_refusals(actions: Sequence[Action], facts: Mapping[str, Facts]) -> None:
+    for action in actions:
+        if isinstance(action, Refuse):
+            known = facts[action.stage.identity]
+            if action.cause == "failed":
+                raise StageFailed(action.stage, known.error, known.log)
+            if action.cause == "stopped":
+                raise StageStopped(action.stage, known.stopped)
+            raise AlteredArtifact(action.reason)
+
+
+def _tell(actions: Sequence[Action], store: Store, context: RunContext, told: set[tuple[str, str]]) -> None:
+    for action in actions:
+        key = (action.stage.identity, action.reason if action.kind == "wait" else action.kind)
+        if action.kind not in ("reuse", "wait") or key in told:
+            continue
+        told.add(key)
+        log.info("%s", action)
+        if action.kind == "reuse":
+            context.on_reuse(action.stage, _finished(store, action.stage))
+        else:
+            context.on_wait(action.stage, action)
+
+
+def _wait(context: RunContext) -> None:
+    if context.stop_requested():
+        raise Stopped("stopped while it waited for another process")
+    time.sleep(context.poll)
+
+
+def _finished(store: Store, stage: Stage) -> Record:
+    record = store.record(stage)
+    if record is None:
+        raise AlteredArtifact(f"{store.folder(stage)}: this artifact was removed while it was in use; run again")
+    return record
+
+
+def _execute(
+    action: Run | Resume, facts: Facts, store: Store, context: RunContext, told: set[tuple[str, str]]
+) -> None:
+    stage = action.stage
+    build = Build.begin(store, stage, facts, context.resources.get(stage.name), context.beat)
+    if build is None:
+        return  # another process was faster: the next look finds it building
+    try:
+        with _logging_to(build.log_path) as handler:
+            log.info("%s", action)
+            context.on_start(stage, action)
+            record = _attempt(build, store, context, handler)
+    finally:
+        build.release()
+    if record is not None:
+        told.add((stage.identity, "reuse"))
+        context.on_done(stage, record)
+
+
+def _attempt(build: Build, store: Store, context: RunContext, handler: logging.Handler) -> Record | None:
+    """Call the function and publish; None when the lease was lost, which is another process' success so far."""
+    stage = build.stage
+    try:
+        return build.publish(_call(build, store, context))
+    except LeaseLost as lost:
+        build.interrupt(str(lost))
+        log.warning("%s", lost)
+        return None
+    except Stopped as stop:
+        if not build.lease.held():
+            build.interrupt("its lease was lost")
+            return None
+        reason = _one_line(stop) or "stopped by the scheduler"
+        build.stop(reason)
+        raise StageStopped(stage, reason) from stop
+    except Exception as error:
+        _log_traceback(handler, stage, error)
+        cause = _one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_one_line(error)}"
+        build.fail(cause)
+        raise StageFailed(stage, cause, build.log_path) from error
+    except BaseException as end:
+        _log_traceback(handler, stage, end)
+        build.interrupt(f"ended by {type(end).__name__}")
+        raise
+
+
+def _call(build: Build, store: Store, context: RunContext) -> Metrics | None:
+    run = StageRun(
+        stage=build.stage,
+        inputs=_input_paths(build.stage, store),
+        staging=build.staging,
+        progress=build.progress,
+        attempt=build.lease.folder,
+        resources=build.resources,
+        # Who has lost the lease works for nothing: the sooner it stops, the better.
+        stop_requested=lambda: context.stop_requested() or not build.lease.held(),
+    )
+    return resolve(build.stage.function)(run)
+
+
+def _input_paths(stage: Stage, store: Store) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    for name, source in stage.inputs.items():
+        if isinstance(source, Stage):
+            paths[name] = store.payload(source)
+        elif source.location is not None:
+            paths[name] = Path(source.location)
+    return paths
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else ""
+
+
+def _log_traceback(handler: logging.Handler, stage: Stage, error: BaseException) -> None:
+    """The traceback goes to this attempt's log alone: the terminal gets one line."""
+    information = (type(error), error, error.__traceback__)
+    handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s ended", (stage,), information))
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[logging.Handler]:
+    """Everything that is logged from INFO on goes to `path` too."""
+    root = logging.getLogger()
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setLevel(logging.INFO)
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield handler
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()

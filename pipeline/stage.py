@@ -1,0 +1,214 @@
+"""A stage: what is to be made, apart from where, when and on what it is made.
+
+A stage is a frozen description (name, version, config, inputs, function) and its identity is the fingerprint of
+exactly those. `label` is for people and a location is for this machine; neither counts. Equality follows identity:
+two stages that describe the same artifact are equal whatever their labels, so cells of a sweep share it.
+
+A stage's function is called with a `StageRun`: it writes the payload to `staging`, keeps what must outlive a crash in
+`progress`, and returns numbers for the record. Whether the payload becomes an artifact is for the store to decide.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.fingerprint import canonical, fingerprint
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
+_UNSAFE = re.compile(r"[^A-Za-z0-9.+=,-]+")
+_LABEL_LENGTH = 80
+
+Metrics = Mapping[str, float | int | str]
+
+
+class Stopped(Exception):
+    """Raised by a stage's function that was asked to stop, after it has saved its position in `progress`."""
+
+
+@dataclass(frozen=True)
+class External:
+    """Something a stage reads that no stage made: a Hub model at a commit, a file by its digest, a device."""
+
+    kind: str
+    """What it is: `model`, `dataset`, `files`, `device`, ..."""
+    identifier: str
+    """Its name or content digest."""
+    revision: str | None = None
+    """The commit that pins it."""
+    location: str | None = field(default=None, compare=False)
+    """Where it lies on this machine; it never counts."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What counts of it."""
+        return {"kind": self.kind, "identifier": self.identifier, "revision": self.revision}
+
+    @cached_property
+    def identity(self) -> str:
+        """12 hex digits over kind, identifier and revision."""
+        return fingerprint(self.description)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """The frozen description of one artifact.
+
+    Raises TypeError for a config without a canonical form, ValueError for a name or function that is malformed."""
+
+    name: str
+    """What kind of artifact this is; the folder of its kind in the store."""
+    version: int
+    """Raised by hand when the function changes what it makes from the same config."""
+    config: dict[str, Any]
+    """Everything that decides the content. It is copied, so later edits of the caller's dictionary change nothing."""
+    inputs: dict[str, Stage | External]
+    """Input name -> the stage or external reference it comes from."""
+    function: str
+    """Top-level function, as `package.module:function`."""
+    label: str = ""
+    """For people; part of the folder's name."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name):
+            raise ValueError(f"stage name {self.name!r}: use lower-case letters, digits and _")
+        if not _FUNCTION.match(self.function):
+            raise ValueError(f"function {self.function!r} of stage {self.name}: write it as package.module:function")
+        object.__setattr__(self, "config", canonical(self.config, "config"))
+        object.__setattr__(self, "inputs", {key: self.inputs[key] for key in sorted(self.inputs)})
+        object.__setattr__(self, "_identity", fingerprint(self.description))
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What counts, with the identities of the inputs."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "config": self.config,
+            "inputs": {key: source.identity for key, source in self.inputs.items()},
+            "function": self.function,
+        }
+
+    @property
+    def full_description(self) -> dict[str, Any]:
+        """`description` with the inputs spelled out instead of by identity: to say in which field two stages differ."""
+        inputs = {
+            key: source.full_description if isinstance(source, Stage) else source.description
+            for key, source in self.inputs.items()
+        }
+        return self.description | {"inputs": inputs}
+
+    @property
+    def identity(self) -> str:
+        """12 hex digits over name, version, config, input identities and function."""
+        return self.__dict__["_identity"]
+
+    @property
+    def folder_name(self) -> str:
+        """`<label>_<identity>`, with what does not belong into a file name replaced by `-`."""
+        label = _UNSAFE.sub("-", self.label).strip("-.")[:_LABEL_LENGTH]
+        return f"{label}_{self.identity}" if label else self.identity
+
+    @property
+    def input_stages(self) -> tuple[Stage, ...]:
+        """The inputs that are stages."""
+        return tuple(source for source in self.inputs.values() if isinstance(source, Stage))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stage) and other.identity == self.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.folder_name}"
+
+
+@dataclass
+class StageRun:
+    """What a stage's function gets."""
+
+    stage: Stage
+    """The description it makes come true."""
+    inputs: dict[str, Path]
+    """Input name -> payload folder of that stage, or location of that external reference (left out where it has none)."""
+    staging: Path
+    """An empty folder: the payload is written here and published as a whole."""
+    progress: Path
+    """A folder that outlives attempts: step checkpoints, metrics.jsonl."""
+    attempt: Path
+    """The folder of this attempt, for logs."""
+    resources: Any = None
+    """What the experiment gives this stage to run on; never part of its identity."""
+    stop_requested: Callable[[], bool] = lambda: False
+    """Whether to save the position and raise `Stopped` at the next opportunity."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The stage's config."""
+        return self.stage.config
+
+    @property
+    def metrics_path(self) -> Path:
+        """The lines that `log_metrics` appends."""
+        return self.progress / "metrics.jsonl"
+
+    def log_metrics(self, step: int, steps: int, metrics: Mapping[str, float], tokens: int = 0) -> None:
+        """Append one line {"step", "steps", "tokens", "time", "metrics"} to `progress/metrics.jsonl`.
+
+        The line is one write to a file opened for appending. After a killed writer's half line it starts on a line of
+        its own. Values that are not finite are written as NaN and Infinity: a loss that is lost must be seen."""
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {"step": step, "steps": steps, "tokens": tokens, "time": time.time(), "metrics": values}
+        append_line(self.metrics_path, json.dumps(line))
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append `text` as a line of its own, in one write."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, f"{chr(10) if torn else ''}{text}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+def resolve(function: str) -> Callable[[StageRun], Metrics | None]:
+    """Import `package.module:function`. Raises ImportError when there is no such function."""
+    module_name, _, name = function.partition(":")
+    found = getattr(importlib.import_module(module_name), name, None)
+    if not callable(found):
+        raise ImportError(f"{function}: module {module_name} has no function {name}")
+    return found
+
+
+def topological(targets: Iterable[Stage]) -> list[Stage]:
+    """The targets and everything they are made from, each once, inputs first."""
+    ordered: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        if stage.identity not in ordered:
+            for source in stage.input_stages:
+                visit(source)
+            ordered[stage.identity] = stage
+
+    for target in targets:
+        visit(target)
+    return list(ordered.values())
+
+
+def sinks(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages that no other of these is made from: what a graph is for."""
+    everything = topological(stages)
+    used = {source.identity for stage in everything for source in stage.input_stages}
+    return [stage for stage in everything if stage.identity not in used]

@@ -1,0 +1,273 @@
+"""The store: a folder of artifacts, found by identity, each whole or not there.
+
+    <store>/<stage>/<label>_<identity>/
+        identity.json            what the stage is, its inputs spelled out
+        lease.json               -> the newest attempt's (a link for people)
+        attempts/0001/           lease.json, attempt.json, log.txt, outcome.json; the number is the lease (pipeline.lease)
+        progress/                outlives attempts: metrics.jsonl, checkpoints/<step>/complete.json, stopped.json
+        staging-0001/            a payload being written; renamed as a whole to
+        payload/                 the artifact, which exists if and only if payload/record.json does
+    <store>/.claims/<identity>   -> that folder, so that two processes with different labels use the same one
+
+This module reads; `pipeline.build` writes attempts and publishes. The folder needs links and atomic renames, as local
+disks, NFS and Lustre have. Nothing is believed that was not checked: a record whose files have other sizes is reported
+with its name and never used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from overfill.errors import UserError
+from pipeline.difference import Nearest, differences
+from pipeline.fingerprint import IDENTITY_LENGTH
+from pipeline.lease import TTL, Sighting, Watch, attempt_folder
+from pipeline.record import RECORD_FILE, Record, read_json, write_json
+from pipeline.resume import Facts
+from pipeline.stage import Stage
+
+log = logging.getLogger(__name__)
+
+State = Literal["done", "running", "failed", "waiting", "stopped", "interrupted", "altered", "missing"]
+
+IDENTITY_FILE, OUTCOME_FILE, ATTEMPT_FILE, LOG_FILE = "identity.json", "outcome.json", "attempt.json", "log.txt"
+STOPPED_FILE, CHECKPOINTS, CHECKPOINT_MARKER = "stopped.json", "checkpoints", "complete.json"
+
+
+class AlteredArtifact(UserError):
+    """An artifact whose files are not those of its record."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a stage stands."""
+
+    state: State
+    """`waiting`: nothing is built and an input is being built. `interrupted`: its last attempt ended without a word."""
+    detail: str
+    """One line: metrics of the finished, the error of the failed, the holder of the running."""
+    stage: Stage
+    folder: Path
+    """Its folder in the store, there or not."""
+    attempt: int = 0
+    """Number of the newest attempt."""
+    error: str = ""
+    """Cause of a failure, one line."""
+    log: Path | None = None
+    """Log of the newest attempt."""
+    checkpoint: int | None = None
+    """Step of the newest step checkpoint."""
+    record: Record | None = None
+    """Of a finished stage."""
+
+
+class Store:
+    """Artifacts under one folder, which need not exist yet."""
+
+    def __init__(self, root: Path | str, ttl: float = TTL) -> None:
+        self.root = Path(root).expanduser().absolute()
+        """Absolute, since workers run in other folders."""
+        self._ttl = ttl
+        self._watches: dict[Path, Watch] = {}
+
+    # --- where things are
+
+    def find(self, identity: str, name: str = "*") -> Path | None:
+        """Folder of an identity whatever its label, or None. `name` narrows the search to one stage's folder."""
+        claimed = self.root / ".claims" / identity
+        if claimed.is_symlink() and (folder := self.root / os.readlink(claimed)).is_dir():
+            return folder
+        found = [path for path in self._folders(name) if path.name[-IDENTITY_LENGTH:] == identity]
+        found.sort(key=lambda path: (not (path / "payload" / RECORD_FILE).exists(), path.name))
+        return found[0] if found else None
+
+    def folder(self, stage: Stage) -> Path:
+        """The folder of a stage; where it would be, when it is not there."""
+        return self.find(stage.identity, stage.name) or self.root / stage.name / stage.folder_name
+
+    def payload(self, stage: Stage) -> Path:
+        """Folder of a stage's payload."""
+        return self.folder(stage) / "payload"
+
+    def progress(self, stage: Stage) -> Path:
+        """Folder of what outlives attempts."""
+        return self.folder(stage) / "progress"
+
+    def create(self, stage: Stage) -> Path:
+        """The folder of a stage, made if need be; every process gets the same one."""
+        folder = self.find(stage.identity, stage.name)
+        if folder is None:
+            claim = self.root / ".claims" / stage.identity
+            claim.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.symlink(f"{stage.name}/{stage.folder_name}", claim)
+            except FileExistsError:
+                log.debug("%s was claimed before, as %s", stage, os.readlink(claim))
+            folder = self.root / os.readlink(claim)
+        (folder / "progress").mkdir(parents=True, exist_ok=True)
+        if not (folder / IDENTITY_FILE).exists():
+            content = {"identity": stage.identity, "label": stage.label, "description": stage.full_description}
+            write_json(folder / IDENTITY_FILE, content)
+        return folder
+
+    def _folders(self, name: str = "*") -> Iterator[Path]:
+        for parent in sorted(self.root.glob(name)):
+            if not parent.name.startswith(".") and parent.is_dir():
+                yield from (path for path in sorted(parent.iterdir()) if path.is_dir())
+
+    # --- artifacts
+
+    def record(self, stage: Stage | str) -> Record | None:
+        """Record of a finished stage, after a check of its files' sizes; None when it is not finished.
+
+        Raises AlteredArtifact when the artifact is damaged."""
+        identity = stage if isinstance(stage, str) else stage.identity
+        folder = self.find(identity, "*" if isinstance(stage, str) else stage.name)
+        return None if folder is None else self._checked(folder, identity, full=False)
+
+    def verify(self, stage: Stage | str, full: bool = True) -> Record | None:
+        """As `record`, with every file's SHA-256 too."""
+        identity = stage if isinstance(stage, str) else stage.identity
+        folder = self.find(identity)
+        return None if folder is None else self._checked(folder, identity, full)
+
+    def _checked(self, folder: Path, identity: str, full: bool) -> Record | None:
+        payload = folder / "payload"
+        if not payload.exists():
+            return None
+        try:
+            record = Record.model_validate_json((payload / RECORD_FILE).read_bytes())
+            problems = record.problems(payload, full)
+            if record.identity != identity:
+                problems.insert(0, f"its record is that of {record.stage} {record.identity}")
+        except FileNotFoundError as error:
+            problems = [f"{Path(error.filename or payload).name} is missing"]
+        except ValidationError:
+            problems = [f"{RECORD_FILE} is damaged"]
+        if not problems:
+            return record
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise AlteredArtifact(
+            f"{folder}: this artifact was altered: {problems[0]}{more}; "
+            "restore its payload, or delete this folder and run again"
+        )
+
+    def nearest(self, stage: Stage) -> Nearest | None:
+        """The finished artifact of the same stage that differs in the fewest fields, or None without any."""
+        wanted = stage.full_description
+        best: tuple[int, float, Nearest] | None = None
+        for folder in self._folders(stage.name):
+            record = folder / "payload" / RECORD_FILE
+            if folder.name.endswith(stage.identity) or not record.exists():
+                continue
+            try:
+                there: Any = json.loads((folder / IDENTITY_FILE).read_bytes())["description"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("%s cannot be compared: %s", folder, error)
+                continue
+            found = differences(there, wanted)
+            key = (len(found), -record.stat().st_mtime)
+            if best is None or key < best[:2]:
+                best = (*key, Nearest(f"{stage.name}/{folder.name}", found))
+        return None if best is None else best[2]
+
+    # --- attempts
+
+    def sighting(self, folder: Path) -> Sighting:
+        """What is known of an artifact's lease; a silent holder is found dead by looking again and again."""
+        watch = self._watches.setdefault(folder, Watch(folder / "attempts", self._ttl))
+        return watch.look()
+
+    def facts(self, stage: Stage, explain: bool = True) -> Facts:
+        """All that `resume.plan` wants to know of a stage; `explain` adds the nearest artifact of a missing one."""
+        folder = self.folder(stage)
+        # The lease first: a builder publishes before it releases, so a free lease and no record mean there is none.
+        seen = self.sighting(folder)
+        try:
+            artifact = "missing" if self.record(stage) is None else "ok"
+            problem = ""
+        except AlteredArtifact as error:
+            artifact, problem = "altered", str(error)
+        last = attempt_folder(folder / "attempts", seen.attempt)
+        outcome: dict[str, Any] = (read_json(last / OUTCOME_FILE) if seen.attempt else None) or {}
+        died = not outcome and seen.state != "held" and seen.attempt > 0
+        stopped = read_json(folder / "progress" / STOPPED_FILE) or {}
+        return Facts(
+            artifact=artifact,
+            problem=problem,
+            lease=seen.state,
+            holder=str(seen.owner or "another process"),
+            attempt=seen.attempt,
+            outcome="interrupted" if died else outcome.get("status"),
+            error=outcome.get("error", seen.why or "it ended without a word") if outcome or died else "",
+            log=str(last / LOG_FILE) if seen.attempt else "",
+            ended=outcome.get("ended", 0.0),
+            checkpoint=newest_checkpoint(folder / "progress"),
+            stopped=stopped.get("reason", ""),
+            nearest=self.nearest(stage) if explain and artifact == "missing" and seen.state != "held" else None,
+        )
+
+    def gather(self, targets: Sequence[Stage], explain: bool = True) -> dict[str, Facts]:
+        """Facts of the targets and of what they need, by identity: what `resume.plan` takes."""
+        gathered: dict[str, Facts] = {}
+        pending = list(targets)
+        while pending:
+            stage = pending.pop()
+            if stage.identity not in gathered:
+                gathered[stage.identity] = facts = self.facts(stage, explain)
+                pending.extend(() if facts.settled else stage.input_stages)
+        return gathered
+
+    def status(self, stage: Stage) -> Status:
+        """Where a stage stands, in one look; a holder on another host counts as running while its lease is there."""
+        facts = self.facts(stage, explain=False)
+        state, detail = self._state(stage, facts)
+        return Status(
+            state=state,
+            detail=detail,
+            stage=stage,
+            folder=self.folder(stage),
+            attempt=facts.attempt,
+            error=facts.error if state in ("failed", "interrupted") else facts.problem,
+            log=Path(facts.log) if facts.log else None,
+            checkpoint=facts.checkpoint,
+            record=self.record(stage) if state == "done" else None,
+        )
+
+    def _state(self, stage: Stage, facts: Facts) -> tuple[State, str]:
+        if facts.artifact == "ok":
+            return "done", "its artifact is there"
+        if facts.artifact == "altered":
+            return "altered", facts.problem
+        if facts.lease == "held":
+            return "running", f"{facts.holder}, attempt {facts.attempt}"
+        if facts.stopped:
+            return "stopped", facts.stopped
+        if facts.outcome == "failed":
+            return "failed", f"{facts.error} ({facts.log})"
+        if facts.outcome is not None:
+            return "interrupted", f"attempt {facts.attempt} was interrupted: {facts.error}"
+        for source in stage.input_stages:
+            below, _ = self._state(source, self.facts(source, explain=False))
+            if below in ("running", "waiting"):
+                return "waiting", f"waits for: {source.name}"
+        return "missing", "nothing yet"
+
+
+def newest_checkpoint(progress: Path) -> int | None:
+    """Highest step of a whole step checkpoint: a folder in `checkpoints/` whose name ends in the step and which holds
+    `complete.json`, written last. None without one."""
+    steps: list[int] = []
+    for marker in progress.glob(f"{CHECKPOINTS}/*/{CHECKPOINT_MARKER}"):
+        digits = marker.parent.name.rstrip("0123456789")
+        if tail := marker.parent.name[len(digits) :]:
+            steps.append(int(tail))
+    return max(steps, default=None)
