@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.fingerprint import digest_file
 from pipeline.lease import BEAT, Lease, LeaseLost, acquire, attempt_folder
 from pipeline.record import (
     RECORD_FILE,
@@ -28,12 +29,10 @@ from pipeline.record import (
     plain_metrics,
     read_json,
     source_commit,
-    sync_file,
-    sync_folder,
+    sync,
     write_json,
     write_text,
 )
-from pipeline.fingerprint import digest_file
 from pipeline.resume import Facts, Outcome
 from pipeline.stage import Stage
 from pipeline.store import ATTEMPT_FILE, CHECKPOINTS, LOG_FILE, OUTCOME_FILE, STOPPED_FILE, Store
@@ -57,6 +56,8 @@ class Build:
     """Seconds since the epoch."""
     clock: float
     """The same, of a clock that does not jump."""
+    ended: bool = False
+    """Whether its outcome is written down."""
 
     @classmethod
     def begin(cls, store: Store, stage: Stage, facts: Facts, resources: Any = None, beat: float = BEAT) -> Build | None:
@@ -106,10 +107,10 @@ class Build:
         write_text(self.staging / RECORD_FILE, record.model_dump_json(indent=2) + "\n")
         self.lease.require()
         try:
-            os.rename(self.staging, self.folder / "payload")
+            self.staging.rename(self.folder / "payload")
         except OSError as error:
             raise LeaseLost(f"{self.folder}: its payload was published or its staging folder removed meanwhile") from error
-        sync_folder(self.folder)
+        sync(self.folder)
         self._end("done")
         shutil.rmtree(self.progress / CHECKPOINTS, ignore_errors=True)  # never needed again, and several payloads large
         return record
@@ -118,10 +119,10 @@ class Build:
         finished, seconds = time.time(), time.monotonic() - self.clock
         files: dict[str, FileEntry] = {}
         for name, path in payload_files(self.staging):
-            sync_file(path)
+            sync(path)
             files[name] = FileEntry(size=path.stat().st_size, sha256=digest_file(path))
         for folder, _, _ in os.walk(self.staging):
-            sync_folder(Path(folder))
+            sync(Path(folder))
         return Record(
             stage=self.stage.name,
             identity=self.stage.identity,
@@ -161,7 +162,9 @@ class Build:
         self._abandon("stopped", reason)
 
     def release(self) -> None:
-        """Give the lease back. A second call does nothing."""
+        """Give the lease back; an attempt that has no outcome yet was interrupted. A second call does nothing."""
+        if not self.ended:
+            self.interrupt("it ended outside of its function")
         self.lease.release()
 
     def _abandon(self, status: Outcome, error: str) -> None:
@@ -169,6 +172,7 @@ class Build:
         self._end(status, error)
 
     def _end(self, status: Outcome, error: str = "") -> None:
+        self.ended = True
         if not self.lease.folder.is_dir():
             log.warning("%s was removed while it was running", self.lease.folder)
             return

@@ -98,7 +98,7 @@ def _plain(value: Any) -> Any:
 def digest_file(path: Path | str) -> str:
     """SHA-256 of a file's bytes, in hex; read in blocks of 1 MiB."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as stream:
+    with Path(path).open("rb", buffering=0) as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

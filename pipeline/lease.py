@@ -80,7 +80,7 @@ def host_key() -> str:
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # no /proc: the host name alone has to do
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
-        parts.append(os.readlink("/proc/self/ns/pid").strip("pid:[]"))
+        parts.append(str(Path("/proc/self/ns/pid").readlink()).strip("pid:[]"))
     return "/".join(parts)
 
 
@@ -126,7 +126,7 @@ class Lease:
     def held(self) -> bool:
         """Whether this is still the newest attempt, and the file on disk the one that this process made."""
         try:
-            mine, there = os.fstat(self._descriptor), os.stat(self.folder / LEASE_FILE)
+            mine, there = os.fstat(self._descriptor), (self.folder / LEASE_FILE).stat()
         except OSError:
             return False  # released, or the folder was removed under us
         return os.path.samestat(mine, there) and newest_attempt(self.folder.parent) == self.number
@@ -170,7 +170,7 @@ def _write(descriptor: int, owner: Owner, count: int, over: bool = False) -> Non
 def newest_attempt(attempts: Path) -> int:
     """The highest attempt number; 0 when there is none."""
     try:
-        return max((int(name) for name in os.listdir(attempts) if name.isdecimal()), default=0)
+        return max((int(path.name) for path in attempts.iterdir() if path.name.isdecimal()), default=0)
     except FileNotFoundError:
         return 0
 
@@ -192,7 +192,7 @@ def acquire(attempts: Path, after: int, beat: float = BEAT) -> Lease | None:
     _write(descriptor, owner, 0)
     folder = attempt_folder(attempts, after + 1)
     try:
-        os.rename(fresh, folder)
+        fresh.rename(folder)
     except OSError as error:
         os.close(descriptor)
         shutil.rmtree(fresh, ignore_errors=True)  # the winner may be clearing it away at the same time
@@ -206,15 +206,14 @@ def acquire(attempts: Path, after: int, beat: float = BEAT) -> Lease | None:
 
 def _clear_losers(attempts: Path) -> None:
     """Remove what contenders that died before their rename left; a live one sees that and has lost anyway."""
-    for name in os.listdir(attempts):
-        if name.startswith(".new-"):
-            shutil.rmtree(attempts / name, ignore_errors=True)
+    for leftover in attempts.glob(".new-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _point(link: Path, target: Path, token: str) -> None:
     fresh = link.with_name(f".{link.name}-{token}")
-    os.symlink(os.path.relpath(target, link.parent), fresh)
-    os.replace(fresh, link)
+    fresh.symlink_to(target.relative_to(link.parent))
+    fresh.replace(link)
 
 
 @dataclass(frozen=True)
@@ -228,6 +227,8 @@ class Sighting:
     owner: Owner | None = None
     why: str = ""
     """Of a dead lease: how that is known."""
+    silent: float = 0.0
+    """Of a held lease: seconds since its last heartbeat by the file's time, for people alone, as clocks differ."""
 
 
 class Watch:
@@ -246,8 +247,9 @@ class Watch:
         number = newest_attempt(self.attempts)
         if number == 0:
             return Sighting("free")
+        file = attempt_folder(self.attempts, number) / LEASE_FILE
         try:
-            raw = (attempt_folder(self.attempts, number) / LEASE_FILE).read_bytes()
+            raw, written = file.read_bytes(), file.stat().st_mtime
         except FileNotFoundError:
             return Sighting("dead", number, None, "its lease.json is gone")
         owner, over = _parse(raw)
@@ -257,7 +259,7 @@ class Watch:
             return Sighting("dead", number, owner, f"{owner} is gone")
         if self._silent_for(number, raw) >= self._ttl:
             return Sighting("dead", number, owner, f"{owner or 'its owner'} gave no sign of life for {self._ttl:.0f} s")
-        return Sighting("held", number, owner)
+        return Sighting("held", number, owner, silent=max(time.time() - written, 0.0))
 
     def _silent_for(self, number: int, raw: bytes) -> float:
         now = self._clock()

@@ -185,6 +185,8 @@ def _history(facts: Facts, joint: str) -> str:
     if facts.stopped:
         return f"{joint}attempt {facts.attempt}: {facts.stopped}"
     relative = " which " if joint == " of " else " "
+    if facts.outcome == "done":
+        return f"{joint}attempt {facts.attempt}, whose payload was removed since"
     if facts.outcome == "failed":
         return f"{joint}attempt {facts.attempt}{relative}failed: {facts.error}"
     return f"{joint}attempt {facts.attempt}{relative}was interrupted" + (f": {facts.error}" if facts.error else "")

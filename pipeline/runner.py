@@ -95,18 +95,22 @@ def run_graph(
     context = context or RunContext()
     targets = sinks(stages) if targets is None else list(targets)
     told: set[tuple[str, str]] = set()
+    explain = True  # comparing with every artifact takes a while: not at every look while waiting
     while True:
-        facts = store.gather(targets)
+        facts = store.gather(targets, explain)
         actions = plan(targets, facts, targets, continue_stopped=context.continue_stopped, since=context.since)
         _raise_refusals(actions, facts)
         _tell(actions, store, context, told)
         ready = [action for action in actions if isinstance(action, Run | Resume) and not action.after]
-        if ready:
+        if ready and not explain:
+            explain = True
+        elif ready:
             _execute(ready[0], facts[ready[0].stage.identity], store, context, told)
         elif all(action.kind == "reuse" for action in actions):
             return {stage.identity: _finished(store, stage) for stage in targets}
         else:
             _wait(context)
+            explain = False
 
 
 def _raise_refusals(actions: Sequence[Action], facts: Mapping[str, Facts]) -> None:

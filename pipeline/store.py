@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +82,7 @@ class Store:
     def find(self, identity: str, name: str = "*") -> Path | None:
         """Folder of an identity whatever its label, or None. `name` narrows the search to one stage's folder."""
         claimed = self.root / ".claims" / identity
-        if claimed.is_symlink() and (folder := self.root / os.readlink(claimed)).is_dir():
+        if claimed.is_symlink() and (folder := self.root / claimed.readlink()).is_dir():
             return folder
         found = [path for path in self._folders(name) if path.name[-IDENTITY_LENGTH:] == identity]
         found.sort(key=lambda path: (not (path / "payload" / RECORD_FILE).exists(), path.name))
@@ -108,10 +107,10 @@ class Store:
             claim = self.root / ".claims" / stage.identity
             claim.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.symlink(f"{stage.name}/{stage.folder_name}", claim)
+                claim.symlink_to(Path(stage.name, stage.folder_name))
             except FileExistsError:
-                log.debug("%s was claimed before, as %s", stage, os.readlink(claim))
-            folder = self.root / os.readlink(claim)
+                log.debug("%s was claimed before, as %s", stage, claim.readlink())
+            folder = self.root / claim.readlink()
         (folder / "progress").mkdir(parents=True, exist_ok=True)
         if not (folder / IDENTITY_FILE).exists():
             content = {"identity": stage.identity, "label": stage.label, "description": stage.full_description}
@@ -204,10 +203,10 @@ class Store:
             artifact=artifact,
             problem=problem,
             lease=seen.state,
-            holder=str(seen.owner or "another process"),
+            holder=_holder(seen),
             attempt=seen.attempt,
             outcome="interrupted" if died else outcome.get("status"),
-            error=outcome.get("error", seen.why or "it ended without a word") if outcome or died else "",
+            error=(seen.why or "it ended without a word") if died else outcome.get("error", ""),
             log=str(last / LOG_FILE) if seen.attempt else "",
             ended=outcome.get("ended", 0.0),
             checkpoint=newest_checkpoint(folder / "progress"),
@@ -253,13 +252,19 @@ class Store:
             return "stopped", facts.stopped
         if facts.outcome == "failed":
             return "failed", f"{facts.error} ({facts.log})"
-        if facts.outcome is not None:
+        if facts.outcome == "interrupted":
             return "interrupted", f"attempt {facts.attempt} was interrupted: {facts.error}"
         for source in stage.input_stages:
             below, _ = self._state(source, self.facts(source, explain=False))
             if below in ("running", "waiting"):
                 return "waiting", f"waits for: {source.name}"
         return "missing", "nothing yet"
+
+
+def _holder(seen: Sighting) -> str:
+    """Who builds, in words; a silence is mentioned, though only waiting can tell that the holder is dead."""
+    silence = f" (silent for {seen.silent / 60:.0f} min)" if seen.state == "held" and seen.silent > TTL else ""
+    return f"{seen.owner or 'another process'}{silence}"
 
 
 def newest_checkpoint(progress: Path) -> int | None:
