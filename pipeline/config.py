@@ -231,8 +231,6 @@ class EvaluateConfig(Frozen):
     """Held-out samples."""
     max_new_tokens: Count = 128
     """Longest answer in tokens."""
-    batch: Annotated[Count, Field(json_schema_extra=NOT_IDENTITY)] = 64
-    """Prompts decoded at once."""
     answer: str | None = None
     r"""Regular expression whose first group is the answer to compare (`#### (-?[\d,]+)`); empty compares whole texts."""
     dtype: DType = "fp32"

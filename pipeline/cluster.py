@@ -1,0 +1,132 @@
+"""The Ray connection: a cluster of its own on this machine, or one that is there.
+
+On a laptop Ray is started for this run and ends with it: no dashboard, no usage report, a small object store, loggers
+kept out of the terminal. With an address (`auto`, `ray://...` or the address that a submitted job finds in
+`RAY_ADDRESS`) the cluster is taken as it is. Half a CPU per training worker leaves room for Ray Data beside it, so that
+two cells can run on two cores without waiting for each other for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from overfill.errors import UserError
+from pipeline.config import ExperimentConfig, StageResources
+from pipeline.machine import usable_cpus
+
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Ray's shared memory on a laptop: token blocks are small, and models travel through files."""
+
+# Settings of Ray that are read from the environment, here and in every process that Ray starts.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next poll: 2 s by default
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard copies of what the store has
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has in all, and on its largest node."""
+
+    cpus: float
+    gpus: float
+    node_cpus: float
+
+
+def set_environment() -> None:
+    """Settings that must be in place before Ray is imported; what the user has set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def connected(address: str | None, log_folder: Path) -> Iterator[Capacity]:
+    """Be connected to Ray; a cluster that was started for this is stopped at the end.
+
+    Raises UserError when there is no cluster at `address`."""
+    set_environment()
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    _start(address or os.environ.get("RAY_ADDRESS") or "local")
+    try:
+        (log_folder / "ray.txt").write_text(f"{ray.get_runtime_context().gcs_address}\n", encoding="utf-8")
+        yield capacity()
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str) -> None:
+    import ray
+
+    options = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": True}
+    if address == "local":
+        options |= {
+            "num_cpus": usable_cpus(),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"--address {address}: no Ray cluster there ({reason}); leave it out to run on this machine") from error
+
+
+def capacity() -> Capacity:
+    """CPUs and GPUs of the connected cluster."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Capacity(
+        cpus=sum(node.get("CPU", 0.0) for node in nodes),
+        gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
+    )
+
+
+def concurrent_cells(config: ExperimentConfig, has: Capacity, cells: int) -> int:
+    """How many cells run at once: as many as the widest stage allows, at least one.
+
+    A CPU is counted per CPU thread, though a worker reserves less of it: threads that share a core gain nothing."""
+    if config.resources.max_concurrent is not None:
+        return min(config.resources.max_concurrent, cells)
+    stages = (config.resources.teacher, config.resources.distill, config.resources.evaluate)
+    return max(1, min(cells, *(_fits(stage, has) for stage in stages)))
+
+
+def _fits(stage: StageResources, has: Capacity) -> int:
+    by_cpu = has.cpus // (stage.workers * max(stage.cpus_per_worker, stage.threads if not stage.gpus_per_worker else 0))
+    by_gpu = has.gpus // (stage.workers * stage.gpus_per_worker) if stage.gpus_per_worker else by_cpu
+    return int(min(by_cpu, by_gpu))
+
+
+def check_fits(config: ExperimentConfig, has: Capacity) -> None:
+    """Raises UserError for a stage whose workers this cluster can never hold, which would wait for ever."""
+    for name in type(config.resources).model_fields:
+        stage = getattr(config.resources, name)
+        if not isinstance(stage, StageResources):
+            continue
+        cpus, gpus = stage.workers * stage.cpus_per_worker, stage.workers * stage.gpus_per_worker
+        if gpus > has.gpus:
+            raise UserError(
+                f"resources.{name}: {stage.workers} workers x {stage.gpus_per_worker:g} GPUs, but the cluster has "
+                f"{has.gpus:g}; lower `workers` or `gpus_per_worker`, or run on a larger cluster with --address"
+            )
+        if cpus > has.cpus:
+            raise UserError(
+                f"resources.{name}: {stage.workers} workers x {stage.cpus_per_worker:g} CPUs, but the cluster has "
+                f"{has.cpus:g}; lower `workers` or `cpus_per_worker`"
+            )

@@ -1,0 +1,99 @@
+"""What a stage will cost, from shapes alone: memory of a worker and floating-point operations. Estimates, no torch.
+
+Memory of a training worker, in bytes (ZeRO, arXiv 1910.02054, section 3, with W workers):
+
+- weights and gradients in the training type; under stage 3 weights / W, from stage 2 gradients / W;
+- AdamW's two moments in fp32 and, under bf16, fp32 master weights; from stage 1 all of them / W;
+- the full model's weights, / W under stage 3, and its keys and values for a micro-batch;
+- activations of a micro-batch: per layer and token about 16 hidden + 4 intermediate values, or with activation
+  checkpointing one hidden vector per layer and one layer whole; and the logits of a loss chunk, three times.
+
+Operations of training are an upper bound: as if every token of the corpus were part of a response, since the share of
+responses is known only when the corpus has been read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from overfill.shapes import BYTES, ModelShape
+from pipeline.config import StageResources, TrainingConfig
+from pipeline.sweep import Cell
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one stage; bytes and operations, None where a stage has no such cost worth naming."""
+
+    memory: float | None
+    """Bytes of one worker."""
+    flops: float | None
+    """Floating-point operations of the whole stage, all workers together; an upper bound for training."""
+
+
+def cell_costs(cell: Cell) -> dict[str, Cost]:
+    """Stage name -> cost, for the stages of a cell that hold a model."""
+    config, full = cell.config, cell.shape
+    length = config.data.max_length
+    student = full if cell.widths is None else full.pruned(cell.widths.hidden, cell.widths.intermediate)
+    costs: dict[str, Cost] = {}
+    if config.teacher.pretrain is not None:
+        training = config.teacher.pretrain
+        memory = training_memory(full, None, training, config.resources.teacher, length)
+        costs["teacher"] = Cost(memory, 3 * full.forward_flops(training.tokens, length / 2))
+    if cell.widths is not None:
+        costs |= {
+            "calibrate": _calibration(cell, full, length),
+            "prune": Cost(full.weight_bytes("fp32") / full.layers + student.weight_bytes("fp32"), None),
+            "distill": _distillation(cell, full, student, length),
+        }
+    costs["evaluate"] = _evaluation(cell, full, student, length)
+    return costs
+
+
+def _calibration(cell: Cell, full: ModelShape, length: int) -> Cost:
+    resources = cell.config.resources.calibrate
+    weights = full.weight_bytes("bf16") / (resources.workers if resources.zero_stage == 3 else 1)
+    activations = _layer_activations(full, resources.micro_batch * length) * BYTES["bf16"]
+    tokens = cell.config.calibrate.samples * length
+    return Cost(weights + activations, full.forward_flops(tokens, length / 2))
+
+
+def _distillation(cell: Cell, full: ModelShape, student: ModelShape, length: int) -> Cost:
+    training, resources = cell.config.distill, cell.config.resources.distill
+    forward = full.forward_flops(training.tokens, length / 2)
+    passes = 4 if resources.activation_checkpointing else 3
+    flops = forward + passes * student.forward_flops(training.tokens, length / 2)
+    return Cost(training_memory(student, full, training, resources, length), flops)
+
+
+def _evaluation(cell: Cell, full: ModelShape, student: ModelShape, length: int) -> Cost:
+    settings = cell.config.evaluate
+    weights = full.weight_bytes(settings.dtype) + (student.weight_bytes(settings.dtype) if cell.widths else 0)
+    cache = cell.config.resources.evaluate.micro_batch * length * full.kv_bytes_per_token(settings.dtype)
+    per_token = student.forward_flops(settings.max_new_tokens, length)
+    return Cost(weights + cache, settings.samples * (full.forward_flops(length, length / 2) + per_token))
+
+
+def training_memory(
+    trained: ModelShape, full: ModelShape | None, training: TrainingConfig, resources: StageResources, length: int
+) -> float:
+    """Bytes of one training worker; `full` is the frozen full model beside the trained one, if any."""
+    workers, stage, size = resources.workers, resources.zero_stage, BYTES[training.dtype]
+    parameters = trained.parameters()
+    states = 8 + (4 if training.dtype == "bf16" else 0)
+    memory = parameters * size / (workers if stage >= 3 else 1)
+    memory += parameters * size / (workers if stage >= 2 else 1)
+    memory += parameters * states / (workers if stage >= 1 else 1)
+    tokens = resources.micro_batch * length
+    if full is not None:
+        memory += full.weight_bytes(training.dtype) / (workers if stage >= 3 else 1)
+        memory += tokens * full.kv_bytes_per_token(training.dtype)
+    layers = 1 if resources.activation_checkpointing else trained.layers
+    memory += layers * _layer_activations(trained, tokens) * size
+    memory += trained.layers * trained.hidden * tokens * size if resources.activation_checkpointing else 0
+    return memory + 3 * tokens / resources.loss_chunks * trained.vocabulary * BYTES["fp32"]
+
+
+def _layer_activations(shape: ModelShape, tokens: int) -> float:
+    return tokens * (16 * shape.hidden + 4 * shape.intermediate)

@@ -1,0 +1,42 @@
+"""The latency stage: full model, student alone and OverFill in one process, alternating. See `overfill.benchmark`."""
+
+from __future__ import annotations
+
+import json
+
+from pipeline.config import BenchmarkConfig
+from pipeline.stage import StageRun
+from pipeline.stages.folders import model_folder
+from pipeline.stages.remote import Metrics, run_on_worker
+
+_CONTEXT = ("device", "threads", "versions")
+_FIGURES = ("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")
+
+
+def run(run: StageRun) -> Metrics:
+    """Measure; the payload is `latency.json`, the record carries `latency/<system>/...` of the first grid point."""
+    return run_on_worker(measure, run, exclusive=True)
+
+
+def measure(run: StageRun) -> Metrics:
+    """In a Ray worker: load the models and time every grid point."""
+    from overfill.benchmark import measure_systems
+
+    settings = BenchmarkConfig.model_validate({k: v for k, v in run.config.items() if k not in _CONTEXT})
+    student = run.inputs.get("student")
+    rows = measure_systems(
+        model_folder(run.inputs["teacher"]),
+        None if student is None else model_folder(student),
+        batches=settings.batch,
+        prompts=settings.prompt,
+        outputs=settings.output,
+        repeats=settings.repeats,
+        warmup=settings.warmup,
+        dtype=settings.dtype,
+        device="cuda" if run.resources.gpus_per_worker else "cpu",
+    )
+    content = {"rows": rows, **{key: run.config[key] for key in _CONTEXT}}
+    (run.staging / "latency.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    first = {row["system"]: row for row in reversed(rows)}
+    figures = {f"latency/{system}/{name}": row[name] for system, row in sorted(first.items()) for name in _FIGURES}
+    return {name: value for name, value in figures.items() if value is not None}

@@ -1,0 +1,104 @@
+"""The accuracy stage: a system's answers to held-out samples, with every sample kept. See `overfill.evaluation`."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+from pipeline.config import EvaluateConfig
+from pipeline.corpus.shards import TokenShards
+from pipeline.stage import StageRun
+from pipeline.stages.folders import model_folder, tokenizer_folder
+from pipeline.stages.remote import Metrics, run_on_worker
+from pipeline.statistics import wilson
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from overfill.engine import Engine
+    from overfill.evaluation import Judged
+    from pipeline.corpus.shards import TokenRow
+
+
+def run(run: StageRun) -> Metrics:
+    """Judge; the payload is `samples.parquet` and `metrics.json`, the record carries the metrics too."""
+    return run_on_worker(evaluate, run)
+
+
+def evaluate(run: StageRun) -> Metrics:
+    """In a Ray worker: load the models and judge the held-out samples."""
+    from transformers import AutoTokenizer
+
+    from overfill.evaluation import Sample, judge
+
+    settings = EvaluateConfig.model_validate({k: v for k, v in run.config.items() if k != "system"})
+    shards = TokenShards.open(run.inputs["data"] / "test")
+    rows = shards.read(range(min(settings.samples, len(shards))))
+    engine, full = _engines(run, settings.dtype)
+    judged = judge(
+        engine,
+        full,
+        AutoTokenizer.from_pretrained(tokenizer_folder(run.inputs["teacher"])),
+        [Sample(row.prompt, row.response, row.reference) for row in rows],
+        max_new_tokens=settings.max_new_tokens,
+        batch=run.resources.micro_batch,
+        pattern=settings.answer,
+        progress=lambda done: run.log_metrics(done, len(rows), {}),
+    )
+    metrics = summary(judged)
+    _write_samples(run, rows, judged)
+    (run.staging / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    return metrics
+
+
+def _engines(run: StageRun, dtype: str) -> tuple[Engine, Engine]:
+    """The judged system, and the full model alone."""
+    from overfill.benchmark import DTYPES
+    from overfill.checkpoint import load_full_model, load_student
+    from overfill.engine import Engine
+
+    device = "cuda" if run.resources.gpus_per_worker else "cpu"
+    model = load_full_model(model_folder(run.inputs["teacher"]), dtype=DTYPES[dtype], device=device)
+    full = Engine(model, model)
+    if run.config["system"] == "full":
+        return full, full
+    student = load_student(model_folder(run.inputs["student"]), dtype=DTYPES[dtype], device=device)
+    return Engine(student if run.config["system"] == "student" else model, student), full
+
+
+def summary(judged: Sequence[Judged]) -> dict[str, float | int]:
+    """The `eval/` metrics: shares with Wilson's interval, NLL in nats per response token, its exponential."""
+    tokens = sum(one.response_tokens for one in judged)
+    nll = sum(one.response_nll for one in judged) / tokens
+    match = wilson(sum(one.correct for one in judged), len(judged))
+    return {
+        "eval/exact_match": match.value,
+        "eval/exact_match_low": match.low,
+        "eval/exact_match_high": match.high,
+        "eval/response_nll": nll,
+        "eval/perplexity": math.exp(min(nll, 700.0)),
+        "eval/agreement": sum(one.agreeing_tokens for one in judged) / tokens,
+        "eval/samples": len(judged),
+    }
+
+
+def _write_samples(run: StageRun, rows: Sequence[TokenRow], judged: Sequence[Judged]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(run.inputs["teacher"]))
+    table = pa.table(
+        {
+            "sample": [row.sample for row in rows],
+            "prompt": tokenizer.batch_decode([row.prompt.tolist() for row in rows]),
+            "reference": [row.reference for row in rows],
+            "prediction": [one.prediction for one in judged],
+            "correct": [one.correct for one in judged],
+            "response_nll": [one.response_nll for one in judged],
+            "response_tokens": [one.response_tokens for one in judged],
+            "agreeing_tokens": [one.agreeing_tokens for one in judged],
+        }
+    )
+    pq.write_table(table, run.staging / "samples.parquet")

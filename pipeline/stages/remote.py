@@ -1,0 +1,86 @@
+"""Running a stage's work in a Ray worker: where the GPUs are, and in a process that has torch already.
+
+A stage's function runs in the trial's process, which holds no resources. The work is a task, not an actor, because Ray
+keeps a task's process for the next one: the seconds that importing torch and transformers takes are paid once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import traceback
+from collections.abc import Callable, Mapping
+
+import ray
+
+from overfill.errors import UserError
+from pipeline.cluster import capacity
+from pipeline.config import StageResources
+from pipeline.stage import StageRun, Stopped
+
+Metrics = Mapping[str, float | int | str]
+
+
+class WorkerFailed(Exception):
+    """The work raised in its worker; `str` is one line, the whole traceback is in the attempt's log."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    metrics: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
+    user_error: str = ""
+    traceback: str = ""
+
+
+def run_on_worker(work: Callable[[StageRun], Metrics], run: StageRun, *, exclusive: bool = False) -> Metrics:
+    """Call the top-level function `work(run)` in a Ray worker and return its metrics.
+
+    `exclusive` takes every CPU of a node (or, with GPUs, those GPUs), so that nothing of this project runs beside it.
+    Raises UserError as the work raised it, Stopped when a stop was asked for, and WorkerFailed for anything else."""
+    resources: StageResources = run.resources
+    whole_node = exclusive and not resources.gpus_per_worker
+    task = ray.remote(_guarded).options(
+        num_cpus=max(1.0, float(int(capacity().node_cpus))) if whole_node else resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        max_retries=resources.max_failures,
+        name=run.stage.name,
+    )
+    reference = task.remote(work, dataclasses.replace(run, stop_requested=_never))
+    result = _wait(reference, run)
+    if result.user_error:
+        raise UserError(result.user_error)
+    if result.traceback:
+        logging.getLogger(__name__).error("in the worker:\n%s", result.traceback)
+        raise WorkerFailed(result.traceback.strip().splitlines()[-1])
+    return result.metrics
+
+
+def _wait(reference: ray.ObjectRef, run: StageRun) -> _Result:
+    try:
+        while not ray.wait([reference], timeout=1.0)[0]:
+            if run.stop_requested():
+                ray.cancel(reference)
+                raise Stopped(f"{run.stage.name} was stopped")
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise WorkerFailed(" ".join(str(error).split())[:300]) from error
+    except (KeyboardInterrupt, SystemExit):
+        ray.cancel(reference, force=True)
+        raise
+
+
+def _never() -> bool:
+    return False
+
+
+def _guarded(work: Callable[[StageRun], Metrics], run: StageRun) -> _Result:
+    """In the worker. An error travels as text: its type may not be importable where it arrives."""
+    import torch
+
+    torch.set_num_threads(run.resources.threads)
+    try:
+        return _Result(metrics=dict(work(run)))
+    except UserError as error:
+        return _Result(user_error=str(error))
+    except Exception:
+        return _Result(traceback=traceback.format_exc())

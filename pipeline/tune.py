@@ -1,0 +1,188 @@
+"""Ray Tune runs the cells: a trial is `run_graph(cell.stages)`, as many at once as the cluster allows.
+
+The cells are fixed beforehand (`pipeline.sweep`), so Tune's part is placement, concurrency, and early stopping. A trial
+is a driver: it holds a sliver of the head node and no CPU, and its stages ask Ray for what they need. Results live in
+the store; what a trial returns is only its outcome, so running a sweep again needs no `Tuner.restore`, and a cell that
+fails returns its reason instead of raising, for an exception would count against the whole sweep.
+
+Early stopping is cooperative: when successive halving decides against a cell, a flag is set that its training loop sees
+at the next step; it saves its position and ends. Killing the trial instead would leave its placement group behind
+(ray#54305).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+from overfill.errors import UserError
+from pipeline.config import AshaConfig, ResourcesConfig
+from pipeline.curves import Curve
+from pipeline.runner import RunContext, StageFailed, StageStopped, run_graph
+from pipeline.store import AlteredArtifact, Store
+from pipeline.sweep import Cell
+
+RUNG_METRIC = "validation/nll"
+"""What successive halving compares; smaller is better."""
+STOP_FILE = "stop"
+"""In the progress folder of a stage that shall save its position and end."""
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended."""
+
+    cell: int
+    """Index of the cell."""
+    state: Literal["done", "failed", "stopped"]
+    reason: str = ""
+    """One line: why it failed or was stopped."""
+    log: str = ""
+    """The file with the whole story of a failure."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every trial of a sweep gets."""
+
+    cells: dict[int, Cell]
+    store_root: Path
+    resources: ResourcesConfig
+    asha: AshaConfig | None
+    continue_stopped: bool
+    since: float
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    store_root: Path,
+    resources: ResourcesConfig,
+    concurrent: int,
+    asha: AshaConfig | None = None,
+    continue_stopped: bool = False,
+) -> list[Outcome]:
+    """Run every cell; a failing one does not take the others with it."""
+    job = _Job({cell.index: cell for cell in cells}, store_root, resources, asha, continue_stopped, time.time())
+    # A sliver of the head node: a trial only waits, and must not be on a node that may be taken away.
+    place = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_drive, job=job), place),
+        param_space={"cell": tune.grid_search([cell.index for cell in cells])},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+            scheduler=FIFOScheduler() if asha is None else CooperativeAsha(asha, job),
+        ),
+        run_config=tune.RunConfig(name=f"run-{time.time_ns()}", storage_path=str(store_root / "tune"), verbose=0),
+    )
+    results = tuner.fit()
+    outcomes = {found.cell: found for result in results if (found := _outcome(result.metrics or {})) is not None}
+    reason = " ".join(str(results.errors[0]).split())[-200:] if results.errors else "the trial's process ended"
+    return [outcomes.get(cell.index) or Outcome(cell.index, "failed", reason) for cell in cells]
+
+
+def _outcome(metrics: dict[str, Any]) -> Outcome | None:
+    return Outcome(**metrics["outcome"]) if "outcome" in metrics else None
+
+
+def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
+    """One trial, in a process of its own on the head node."""
+    cell = job.cells[config["cell"]]
+    store = Store(job.store_root)
+    resources = {name: getattr(job.resources, name) for name in ResourcesConfig.model_fields}
+    resources["tokenizer"] = resources["data"]
+    context = RunContext(resources=resources, continue_stopped=job.continue_stopped, since=job.since)
+    done = threading.Event()
+    reporter = threading.Thread(target=_report_curve, args=(cell, store, done), daemon=True)
+    if job.asha is not None:
+        reporter.start()
+    try:
+        outcome = _run(cell, store, context)
+    finally:
+        done.set()
+    if job.asha is not None:
+        reporter.join()
+    return {"outcome": asdict(outcome)}
+
+
+def _run(cell: Cell, store: Store, context: RunContext) -> Outcome:
+    try:
+        run_graph(cell.stages, store, context, targets=cell.leaves)
+    except StageFailed as failure:
+        return Outcome(cell.index, "failed", f"{failure.stage.name}: {failure.cause}", str(failure.log))
+    except StageStopped as stopped:
+        return Outcome(cell.index, "stopped", f"{stopped.stage.name}: {stopped.reason}")
+    except (AlteredArtifact, UserError) as error:
+        return Outcome(cell.index, "failed", str(error))
+    return Outcome(cell.index, "done")
+
+
+def _report_curve(cell: Cell, store: Store, done: threading.Event) -> None:
+    """Hand the held-out NLL of the cell's distillation to Tune, as it is logged."""
+    stage = cell.stage("distill")
+    if stage is None:
+        return
+    curve: Curve | None = None
+    while not done.wait(_POLL_S):
+        if curve is None and store.find(stage.identity) is not None:
+            curve = Curve(store.progress(stage) / "metrics.jsonl")
+        for point in curve.update() if curve is not None else ():
+            if RUNG_METRIC in point.metrics:
+                tune.report({"step": point.step, RUNG_METRIC: point.metrics[RUNG_METRIC], "cell": cell.index})
+
+
+class CooperativeAsha(FIFOScheduler):
+    """Successive halving (arXiv 1810.05934) that asks a trial to end instead of killing it.
+
+    Cells compete only with cells of the same teacher, widths, method and seed: halving across ratios would merely
+    rediscover that a wider student is better."""
+
+    def __init__(self, asha: AshaConfig, job: _Job) -> None:
+        super().__init__()
+        self._asha = asha
+        self._job = job
+        self._groups: dict[tuple[Any, ...], ASHAScheduler] = {}
+
+    def _group(self, trial: Trial) -> ASHAScheduler:
+        cell = self._job.cells[trial.config["cell"]]
+        key = (cell.teacher, cell.widths, cell.method, cell.seed)
+        if key not in self._groups:
+            self._groups[key] = ASHAScheduler(
+                time_attr="step",
+                metric=RUNG_METRIC,
+                mode="min",
+                max_t=max(cell.config.distill.steps, self._asha.grace_steps + 1),
+                grace_period=self._asha.grace_steps,
+                reduction_factor=self._asha.reduction,
+            )
+        return self._groups[key]
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Enter the trial into its group."""
+        self._group(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Let the group decide; a decision to stop becomes a request."""
+        if RUNG_METRIC not in result or "outcome" in result:
+            return self.CONTINUE
+        decision = self._group(trial).on_trial_result(tune_controller, trial, result)
+        cell = self._job.cells[trial.config["cell"]]
+        if decision == self.STOP and result["step"] < cell.config.distill.steps:
+            request_stop(cell, Store(self._job.store_root), f"successive halving at step {result['step']}")
+        return self.CONTINUE
+
+
+def request_stop(cell: Cell, store: Store, reason: str) -> None:
+    """Ask the cell's distillation to save its position and end."""
+    stage = cell.stage("distill")
+    if stage is not None and store.find(stage.identity) is not None:
+        (store.progress(stage) / STOP_FILE).write_text(reason + "\n", encoding="utf-8")
