@@ -4,7 +4,7 @@
         identity.json            what the stage is, its inputs spelled out
         lease.json               -> the newest attempt's (a link for people)
         attempts/0001/           lease.json, attempt.json, log.txt, outcome.json; the number is the lease (pipeline.lease)
-        progress/                outlives attempts: metrics.jsonl, checkpoints/<step>/complete.json, stopped.json
+        progress/                outlives attempts: metrics.jsonl, steps/step-00000200-3f9a1c/complete.json, stopped.json
         staging-0001/            a payload being written; renamed as a whole to
         payload/                 the artifact, which exists if and only if payload/record.json does
     <store>/.claims/<identity>   -> that folder, so that two processes with different labels use the same one
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ from pydantic import ValidationError
 
 from overfill.errors import UserError
 from pipeline.difference import Nearest, differences
-from pipeline.fingerprint import IDENTITY_LENGTH
 from pipeline.lease import TTL, Sighting, Watch, attempt_folder
 from pipeline.record import RECORD_FILE, Record, read_json, write_json
 from pipeline.resume import Facts
@@ -35,10 +35,12 @@ from pipeline.stage import Stage
 
 log = logging.getLogger(__name__)
 
+_STEP = re.compile(r"step-(\d+)")
+
 State = Literal["done", "running", "failed", "waiting", "stopped", "interrupted", "altered", "missing"]
 
 IDENTITY_FILE, OUTCOME_FILE, ATTEMPT_FILE, LOG_FILE = "identity.json", "outcome.json", "attempt.json", "log.txt"
-STOPPED_FILE, CHECKPOINTS, CHECKPOINT_MARKER = "stopped.json", "checkpoints", "complete.json"
+STOPPED_FILE, CHECKPOINTS = "stopped.json", "steps"
 
 
 class AlteredArtifact(UserError):
@@ -84,7 +86,7 @@ class Store:
         claimed = self.root / ".claims" / identity
         if claimed.is_symlink() and (folder := self.root / claimed.readlink()).is_dir():
             return folder
-        found = [path for path in self._folders(name) if path.name[-IDENTITY_LENGTH:] == identity]
+        found = [path for path in self._folders(name) if path.name.rpartition("_")[2] == identity]
         found.sort(key=lambda path: (not (path / "payload" / RECORD_FILE).exists(), path.name))
         return found[0] if found else None
 
@@ -268,11 +270,8 @@ def _holder(seen: Sighting) -> str:
 
 
 def newest_checkpoint(progress: Path) -> int | None:
-    """Highest step of a whole step checkpoint: a folder in `checkpoints/` whose name ends in the step and which holds
-    `complete.json`, written last. None without one."""
-    steps: list[int] = []
-    for marker in progress.glob(f"{CHECKPOINTS}/*/{CHECKPOINT_MARKER}"):
-        digits = marker.parent.name.rstrip("0123456789")
-        if tail := marker.parent.name[len(digits) :]:
-            steps.append(int(tail))
-    return max(steps, default=None)
+    """Highest step of the step checkpoints (`pipeline.training.checkpoints`) whose marker is there; None without one.
+
+    Whether the files behind the marker are whole is for the training loop to see, which reads them."""
+    steps = (_STEP.match(marker.parent.name) for marker in progress.glob(f"{CHECKPOINTS}/*/complete.json"))
+    return max((int(step[1]) for step in steps if step), default=None)
