@@ -60,7 +60,7 @@ def _ignore(*_: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Context:
+class RunContext:
     """What the machine supplies; nothing of it counts in an identity."""
 
     resources: Mapping[str, Any] = field(default_factory=dict)
@@ -86,13 +86,13 @@ class Context:
 
 
 def run_graph(
-    stages: Sequence[Stage], store: Store, context: Context | None = None, targets: Sequence[Stage] | None = None
+    stages: Sequence[Stage], store: Store, context: RunContext | None = None, targets: Sequence[Stage] | None = None
 ) -> dict[str, Record]:
     """Build what is missing of the targets, and return their records by identity.
 
     `targets` are by default those of `stages` that no other is made from. Raises StageFailed (a function raised, here
     or meanwhile in another process), StageStopped (by the scheduler), AlteredArtifact (a needed artifact is damaged)."""
-    context = context or Context()
+    context = context or RunContext()
     targets = sinks(stages) if targets is None else list(targets)
     told: set[tuple[str, str]] = set()
     explain = True  # comparing with every artifact takes a while: not at every look while waiting
@@ -124,7 +124,7 @@ def _raise_refusals(actions: Sequence[Action], facts: Mapping[str, Facts]) -> No
             raise AlteredArtifact(action.reason)
 
 
-def _tell(actions: Sequence[Action], store: Store, context: Context, told: set[tuple[str, str]]) -> None:
+def _tell(actions: Sequence[Action], store: Store, context: RunContext, told: set[tuple[str, str]]) -> None:
     for action in actions:
         key = (action.stage.identity, action.reason if action.kind == "wait" else action.kind)
         if action.kind not in ("reuse", "wait") or key in told:
@@ -137,7 +137,7 @@ def _tell(actions: Sequence[Action], store: Store, context: Context, told: set[t
             context.on_wait(action.stage, action)
 
 
-def _wait(context: Context) -> None:
+def _wait(context: RunContext) -> None:
     if context.stop_requested():
         raise Stopped("stopped while it waited for another process")
     time.sleep(context.poll)
@@ -151,7 +151,7 @@ def _finished(store: Store, stage: Stage) -> Record:
 
 
 def _execute(
-    action: Run | Resume, facts: Facts, store: Store, context: Context, told: set[tuple[str, str]]
+    action: Run | Resume, facts: Facts, store: Store, context: RunContext, told: set[tuple[str, str]]
 ) -> None:
     stage = action.stage
     build = Build.begin(store, stage, facts, context.resources.get(stage.name), context.beat)
@@ -169,7 +169,7 @@ def _execute(
         context.on_done(stage, record)
 
 
-def _attempt(build: Build, store: Store, context: Context, handler: logging.Handler) -> Record | None:
+def _attempt(build: Build, store: Store, context: RunContext, handler: logging.Handler) -> Record | None:
     """Call the function and publish; None when the lease was lost, which is another process' success so far."""
     stage = build.stage
     try:
@@ -196,7 +196,7 @@ def _attempt(build: Build, store: Store, context: Context, handler: logging.Hand
         raise
 
 
-def _call(build: Build, store: Store, context: Context) -> Metrics | None:
+def _call(build: Build, store: Store, context: RunContext) -> Metrics | None:
     run = StageRun(
         stage=build.stage,
         inputs=_input_paths(build.stage, store),
