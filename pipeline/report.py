@@ -19,20 +19,43 @@ from typing import TYPE_CHECKING, Any
 from overfill.errors import UserError
 from overfill.shapes import ModelShape
 from pipeline.curves import Curve
+from pipeline.graph import SYSTEM, ratio_label
+from pipeline.stage import External
+from pipeline.stages.folders import model_folder
 from pipeline.statistics import Comparison, Interval, compare, share_over_seeds
 
 if TYPE_CHECKING:
-    from pipeline.stage import External, Stage
     from pipeline.store import Store
     from pipeline.sweep import Cell
 
 Row = dict[str, Any]
 
-SYSTEM = {"full": "full", "overfill": "overfill", "pruned": "student", "scratch": "student"}
-"""Method of a cell -> the system of the benchmark that answers as this cell does."""
 METHODS = ("full", "overfill", "pruned", "scratch")
 KEEP_QUALITY = 0.95
 """A configuration is worth shipping when it keeps this share of the full model's exact match."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is said about a sweep."""
+
+    name: str
+    description: str
+    rows: list[Row]
+    groups: list[Group]
+    duels: list[Duel]
+
+    @property
+    def to_ship(self) -> dict[str, tuple[Group, bool]]:
+        """Per teacher the configuration to ship, and whether it keeps the full model's quality."""
+        return to_ship(self.groups)
+
+
+def make_report(name: str, description: str, cells: Sequence[Cell], store: Store) -> Report:
+    """Read the store and compare the cells. Raises UserError for a result in the store that cannot be read."""
+    table, outcomes = rows(cells, store), correct_samples(cells, store)
+    found = groups(table, outcomes)
+    return Report(name, description, table, found, duels(found, outcomes))
 
 
 def rows(cells: Sequence[Cell], store: Store) -> list[Row]:
@@ -70,18 +93,18 @@ def row(cell: Cell, store: Store) -> Row:
         "speed_up": _share(baseline.get("tpot_s"), latency.get("tpot_s")),
         "benchmark": {name: latency[name] for name in ("batch", "prompt", "output") if name in latency},
         "train_tokens": _train_tokens(cell, store),
-        "state": "done" if all(store.record(stage.identity) for stage in cell.stages) else "unfinished",
-        "store": str(_last_folder(cell, store)),
+        "state": "done" if all(store.record(leaf) for leaf in cell.leaves) else "unfinished",
+        "store": str(store.folder(cell.leaves[0])),
     }
 
 
 def variant(cell: Cell) -> str:
-    """The axes that neither teacher, ratio, method nor seed tell: `loss.kv=3`, empty for most sweeps."""
-    told = ("teacher", "prune", "distill.method", "seed", "seeds")
+    """What teacher, ratio and method do not tell: `h0.3-i0.6` for two different widths, `learning_rate=0.001` for an axis."""
+    told = ("teacher", "prune", "distill.method")
     other = {path: value for path, value in cell.axes.items() if not any(_under(path, name) for name in told)}
-    widths = {path: value for path, value in cell.axes.items() if _under(path, "prune")}
-    shown = {**(widths if len(widths) > 1 else {}), **other}
-    return " ".join(f"{path.rsplit('.', 1)[-1]}={_plain(value)}" for path, value in sorted(shown.items()))
+    parts = [f"{path.rsplit('.', 1)[-1]}={_plain(value)}" for path, value in sorted(other.items())]
+    label = "" if cell.widths is None else ratio_label(cell.widths)
+    return " ".join([label, *parts] if label.startswith("h") else parts)
 
 
 def _under(path: str, section: str) -> bool:
@@ -207,15 +230,10 @@ def to_ship(found: Sequence[Group]) -> dict[str, tuple[Group, bool]]:
     return chosen
 
 
-def stage_of(cell: Cell, name: str) -> Stage | None:
-    """The cell's stage of that name, or None."""
-    return next((stage for stage in cell.stages if stage.name == name), None)
-
-
 def payload_of(cell: Cell, store: Store, name: str) -> Path | None:
     """Payload folder of the cell's stage of that name, None while there is none."""
-    stage = stage_of(cell, name)
-    return None if stage is None or store.record(stage.identity) is None else store.payload(stage)
+    stage = cell.stage(name)
+    return None if stage is None or store.record(stage) is None else store.payload(stage)
 
 
 def latency_row(cell: Cell, store: Store, system: str) -> dict[str, Any]:
@@ -228,55 +246,47 @@ def latency_row(cell: Cell, store: Store, system: str) -> dict[str, Any]:
 
 
 def _metrics(cell: Cell, store: Store, name: str) -> Mapping[str, Any]:
-    stage = stage_of(cell, name)
-    record = None if stage is None else store.record(stage.identity)
+    stage = cell.stage(name)
+    record = None if stage is None else store.record(stage)
     return {} if record is None else record.metrics
 
 
 def _parameters(cell: Cell, store: Store) -> dict[str, float | int | None]:
-    """Parameters of the model that decodes, and how many that is of the full model's."""
-    full = model_shape(_teacher_folder(cell, store))
-    own = full if cell.method == "full" else model_shape(_student_folder(cell, store))
-    total, kept = (None if shape is None else shape.parameters() for shape in (full, own))
-    share = _share(kept, total)
-    return {"parameters": kept, "kept": share, "ratio_effective": None if share is None else 1 - share}
+    """Parameters of the model that decodes, and how many that is of the full model's.
 
-
-def _student_folder(cell: Cell, store: Store) -> Path | None:
-    return payload_of(cell, store, "distill") or payload_of(cell, store, "prune")
+    Read from the models in the store; before they are there, from the cell's planned shapes."""
+    full = model_shape(_teacher_folder(cell, store)) or cell.shape
+    own = full
+    if cell.widths is not None:
+        student = payload_of(cell, store, "distill") or payload_of(cell, store, "prune")
+        own = model_shape(student) or full.pruned(cell.widths.hidden, cell.widths.intermediate)
+    kept = own.parameters() / full.parameters()
+    return {"parameters": own.parameters(), "kept": kept, "ratio_effective": 1 - kept}
 
 
 def _teacher_folder(cell: Cell, store: Store) -> Path | None:
-    stage = stage_of(cell, "teacher")
-    if stage is not None:
+    if cell.stage("teacher") is not None:
         return payload_of(cell, store, "teacher")
-    given = (source for stage in cell.stages for source in stage.inputs.values() if _is_model(source))
-    location = next((source.location for source in given), None)
-    return None if location is None else Path(location)
+    sources = (source for stage in cell.stages for source in stage.inputs.values())
+    given = next((source for source in sources if isinstance(source, External) and source.kind == "model"), None)
+    return None if given is None or given.location is None else Path(given.location)
 
 
-def _is_model(source: Stage | External) -> bool:
-    return getattr(source, "kind", None) in ("model", "teacher")
-
-
-def model_shape(folder: Path | None) -> ModelShape | None:
-    """Shape of the `transformers` model in `folder`; None without a config.json there."""
-    if folder is None or not (folder / "config.json").is_file():
+def model_shape(path: Path | None) -> ModelShape | None:
+    """Shape of the `transformers` model in a payload or folder; None where there is none."""
+    if path is None:
         return None
-    return ModelShape.from_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+    config = model_folder(path) / "config.json"
+    return ModelShape.from_config(_read_json(config), str(config))
 
 
 def _train_tokens(cell: Cell, store: Store) -> int | None:
-    stage = stage_of(cell, "distill")
+    stage = cell.stage("distill")
     if stage is None:
         return None
     curve = Curve(store.progress(stage) / "metrics.jsonl")
     curve.update()
     return None if curve.last is None else curve.last.tokens
-
-
-def _last_folder(cell: Cell, store: Store) -> Path:
-    return store.folder(cell.stages[-1])
 
 
 def _read_json(path: Path) -> Any:

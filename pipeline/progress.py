@@ -1,0 +1,240 @@
+"""Progress of a run on the terminal, from snapshots of the store: a thread in the driver looks once a second.
+
+On a terminal: one line per running stage (steps, loss, tokens per second, time left) above a bar over all cells; what
+ends scrolls away above them. Elsewhere (a log file, CI): plain lines, one when a stage starts or ends, and one per
+running stage every half minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.watch import CellView, Snapshot, StageView, Watch
+
+if TYPE_CHECKING:
+    from pipeline.store import Store
+    from pipeline.sweep import Cell
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+QUIET_INTERVAL_S = 30.0
+STYLES = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "bold red",
+    "stopped": "yellow",
+    "interrupted": "yellow",
+    "waiting": "dim",
+    "missing": "dim",
+}
+NOTHING = "–"
+
+
+class Progress:
+    """Shows the cells' progress while it is entered; never raises into the run that it watches."""
+
+    def __init__(self, store: Store, cells: Sequence[Cell], console: Console | None = None) -> None:
+        self._watch = Watch(store, cells)
+        self._console = console or Console(stderr=True)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._before: Snapshot | None = None
+        self._spoken = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        try:
+            if self._console.is_terminal:
+                with Live(console=self._console, refresh_per_second=2, transient=True) as live:
+                    self._loop(live)
+            else:
+                self._loop(None)
+        except Exception:  # a display that breaks must not take the run with it
+            log.warning("the progress display ended early; `overfill status` still works", exc_info=True)
+
+    def _loop(self, live: Live | None) -> None:
+        last = False
+        while not last:
+            last = self._end.wait(0.0 if self._before is None else INTERVAL_S)
+            now = self._watch.snapshot()
+            for line in events(self._before, now):
+                self._console.print(line, soft_wrap=True)
+            if live is not None:
+                live.update(live_view(now))
+            elif time.monotonic() - self._spoken >= QUIET_INTERVAL_S:
+                self._spoken = time.monotonic()
+                for line in quiet_lines(now):
+                    self._console.print(line, soft_wrap=True)
+            self._before = now
+
+
+def events(before: Snapshot | None, now: Snapshot) -> list[Text]:
+    """What happened between two snapshots, one line each: stages that started, ended, failed or were stopped."""
+    if before is None:
+        done = sum(not stage.open for stage in now.stages.values())
+        return [_line(now, "reused", f"{done} of {len(now.stages)} stages are in the store already")] if done else []
+    lines: list[Text] = []
+    known = before.stages
+    for identity, stage in now.stages.items():
+        state = known[identity].state
+        if stage.state == state or stage.state in ("waiting", "missing"):
+            continue
+        lines.append(_line(now, stage.state, _event(stage, now)))
+    return lines
+
+
+def _line(now: Snapshot, state: str, text: str) -> Text:
+    clock = time.strftime("%H:%M:%S", time.localtime(now.time))
+    word = "started" if state == "running" else state
+    return Text.assemble((f"{clock} ", "dim"), (f"{word:<11} ", STYLES.get(state, "")), text)
+
+
+def _event(stage: StageView, now: Snapshot) -> str:
+    parts = [stage.name, title(stage, now)]
+    if stage.state == "done":
+        parts += [f"in {duration(stage.seconds)}"] if stage.seconds is not None else []
+        parts += [f"loss {stage.metrics['train/loss']:.4f}"] if "train/loss" in stage.metrics else []
+    if stage.state in ("failed", "stopped", "interrupted") and stage.failure:
+        parts.append(f"- {stage.failure}")
+    if stage.state == "failed" and stage.log is not None:
+        parts.append(f"(log: {stage.log})")
+    return " ".join(parts)
+
+
+def title(stage: StageView, now: Snapshot) -> str:
+    """The cell that a stage belongs to, or the stage's own label where several cells share it."""
+    users = [view for view in now.cells if any(own.identity == stage.identity for own in view.own)]
+    return users[0].cell.label if users else stage.label
+
+
+def live_view(now: Snapshot) -> Group:
+    """The lines at the bottom of the terminal."""
+    table = Table.grid(padding=(0, 1))
+    for justify in ("left", "left", "left", "right", "right", "right", "right"):
+        table.add_column(justify=justify, no_wrap=True)
+    for stage in now.stages.values():
+        if stage.state == "running":
+            table.add_row(*_running_row(stage, now))
+    return Group(table, _overall(now))
+
+
+def _running_row(stage: StageView, now: Snapshot) -> list[Text | ProgressBar | str]:
+    bar = ProgressBar(total=stage.steps or None, completed=stage.step, width=20, pulse=not stage.steps)
+    return [
+        Text(stage.name, style="cyan"),
+        Text(_short(title(stage, now), 48)),
+        bar,
+        f"{stage.step}/{stage.steps}" if stage.steps else "",
+        *_numbers(stage),
+        f"{duration(stage.seconds_left)} left" if stage.seconds_left is not None else since(stage, now),
+    ]
+
+
+def _numbers(stage: StageView) -> list[str]:
+    loss, speed = stage.metrics.get("train/loss"), stage.tokens_per_second
+    return ["" if loss is None else f"loss {loss:.3f}", "" if speed is None else f"{count(speed)} tok/s"]
+
+
+def _overall(now: Snapshot) -> Table:
+    table = Table.grid(padding=(0, 1))
+    table.add_row("cells", ProgressBar(total=len(now.cells), completed=now.counts["done"], width=30), _overall_words(now))
+    return table
+
+
+def _overall_words(now: Snapshot) -> str:
+    counts, left = now.counts, now.seconds_left
+    words = [f"{counts['done']}/{len(now.cells)} done"]
+    words += [f"{counts[state]} {state}" for state in ("running", "failed", "stopped", "interrupted") if counts[state]]
+    if counts["done"] < len(now.cells) and left is not None and left > 0:
+        words.append(f"about {duration(left)} left")
+    return " · ".join(words)
+
+
+def quiet_lines(now: Snapshot) -> list[Text]:
+    """One plain line per running stage, and one over all cells."""
+    lines: list[Text] = []
+    for stage in now.stages.values():
+        if stage.state == "running":
+            parts = [stage.name, title(stage, now)]
+            parts += [f"step {stage.step}/{stage.steps}"] if stage.steps else []
+            parts += [word for word in _numbers(stage) if word]
+            parts += [f"{duration(stage.seconds_left)} left"] if stage.seconds_left is not None else []
+            lines.append(_line(now, "", "  ".join(parts)))
+    return [*lines, _line(now, "", f"cells    {_overall_words(now)}")] if lines else []
+
+
+def print_status(name: str, now: Snapshot, console: Console) -> None:
+    """The table of `overfill status NAME`, with a line for each failure and where its log is."""
+    table = Table(title=f"{name}: {_overall_words(now)}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column, justify in (("cell", "left"), ("state", "left"), ("stage", "left"), ("step", "right"), ("loss", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("since", justify="right")
+    for view in now.cells:
+        table.add_row(*_status_row(view, now))
+    console.print(table)
+    for line in failure_lines(now):
+        console.print(line, soft_wrap=True)
+
+
+def _status_row(view: CellView, now: Snapshot) -> list[Text | str]:
+    stage = view.current
+    state = Text(view.state, style=STYLES[view.state])
+    if stage is None or view.state == "done":
+        return [view.cell.label, state, "", "", "", ""]
+    loss = stage.metrics.get("train/loss")
+    steps = f"{stage.step}/{stage.steps}" if stage.steps else ""
+    return [view.cell.label, state, stage.name, steps, "" if loss is None else f"{loss:.3f}", since(stage, now)]
+
+
+def failure_lines(now: Snapshot) -> list[Text]:
+    """One line per failed stage: what, why, and its log."""
+    failed = [stage for stage in now.stages.values() if stage.state == "failed"]
+    return [Text.assemble(("failed  ", STYLES["failed"]), _event(stage, now)) for stage in failed]
+
+
+def since(stage: StageView, now: Snapshot) -> str:
+    """How long a stage has been in its state."""
+    return NOTHING if stage.since is None else duration(max(0.0, now.time - stage.since))
+
+
+def duration(seconds: float | None) -> str:
+    """`42 s`, `3:05 min`, `2:10 h`, `4.1 d`."""
+    if seconds is None:
+        return NOTHING
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if seconds >= 1 or whole == 0 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h" if whole < 86400 else f"{seconds / 86400:.1f} d"
+
+
+def count(value: float) -> str:
+    """`950`, `12.3k`, `4.5M`."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

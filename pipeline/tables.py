@@ -1,0 +1,176 @@
+"""The report as text: the same tables for the terminal (rich) and in Markdown, and one sentence on what to ship.
+
+Rows of numbers come from `pipeline.report`; here they only get their form. Percentages of exact match carry a 95 %
+interval; a difference whose paired interval contains zero is called what it is: within noise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.report import KEEP_QUALITY, Duel, Group, Report
+from pipeline.statistics import Interval
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+METHOD_NAMES = {"full": "full model", "overfill": "OverFill", "pruned": "pruned only", "scratch": "from scratch"}
+NOTHING = "–"
+COLUMNS = ("ratio", "method", "parameters kept", "exact match", "perplexity", "TTFT", "TPOT", "speed-up")
+DUEL_COLUMNS = ("teacher", "ratio", "OverFill", "pruned only", "ratio of the two", "difference", "verdict")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: frozenset[str] = frozenset({"method", "teacher", "verdict"})
+    """Columns that read as words."""
+
+
+def tables(report: Report) -> list[Table]:
+    """One table per teacher, and the comparison of OverFill with pruned-only when there is one."""
+    teachers = dict.fromkeys(group.teacher for group in report.groups)
+    found = [_teacher_table(teacher, [g for g in report.groups if g.teacher == teacher]) for teacher in teachers]
+    return [*found, _duel_table(report.duels)] if report.duels else found
+
+
+def markdown(report: Report) -> str:
+    """The whole report in Markdown."""
+    parts = [f"# {report.name}", *([report.description.strip()] if report.description.strip() else [])]
+    for table in tables(report):
+        parts += [f"## {table.title}", _markdown_table(table)]
+    return "\n\n".join([*parts, *sentences(report)]) + "\n"
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The whole report on a terminal."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    for table in tables(report):
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in table.columns:
+            shown.add_column(column, justify="left" if column in table.left else "right", no_wrap=column != "verdict")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    for sentence in sentences(report):
+        console.print(sentence, markup=False, highlight=False)
+
+
+def to_json(report: Report) -> str:
+    """A list with one object per cell; what is not a finite number is null."""
+    return json.dumps([_finite(row) for row in report.rows], indent=2, allow_nan=False)
+
+
+def sentences(report: Report) -> list[str]:
+    """What to ship per teacher, and how many cells are still missing."""
+    lines = [_advice(teacher, group, kept) for teacher, (group, kept) in report.to_ship.items()]
+    missing = sum(row["state"] != "done" for row in report.rows)
+    if missing:
+        lines.append(f"{missing} of {len(report.rows)} cells are not done: `overfill status {report.name}` says why.")
+    return lines
+
+
+def _advice(teacher: str, group: Group, kept: bool) -> str:
+    what = f"{METHOD_NAMES[group.method]} at ratio {group.ratio:g}" + (f" ({group.variant})" if group.variant else "")
+    speed, tpot = group.mean("speed_up"), group.mean("tpot_s")
+    numbers = f"exact match {_percent(group.exact_match)}, TPOT {_seconds(tpot)}, {_times(speed)} the full model's speed"
+    if kept:
+        return f"{teacher}: ship {what}, the fastest that keeps {KEEP_QUALITY:.0%} of the full model's exact match: {numbers}."
+    return f"{teacher}: nothing keeps {KEEP_QUALITY:.0%} of the full model's exact match; the best is {what}: {numbers}."
+
+
+def _teacher_table(teacher: str, found: Sequence[Group]) -> Table:
+    variants, seeds = any(group.variant for group in found), max(len(group.members) for group in found)
+    columns = (*COLUMNS[:2], *(("variant",) if variants else ()), *COLUMNS[2:])
+    rows = [_result_row(group, variants) for group in found]
+    title = teacher + (f" (mean over {seeds} seeds)" if seeds > 1 else "")
+    return Table(title, columns, tuple(rows), frozenset({"method", "variant"}))
+
+
+def _result_row(group: Group, variants: bool) -> tuple[str, ...]:
+    kept, perplexity = group.mean("parameters_kept"), group.mean("perplexity")
+    return (
+        NOTHING if group.method == "full" else f"{group.ratio:g}",
+        METHOD_NAMES[group.method],
+        *((group.variant,) if variants else ()),
+        NOTHING if kept is None else f"{kept:.1%}",
+        _percent(group.exact_match),
+        NOTHING if perplexity is None else f"{perplexity:.3f}",
+        _seconds(group.mean("ttft_s")),
+        _seconds(group.mean("tpot_s")),
+        _times(group.mean("speed_up")),
+    )
+
+
+def _duel_table(found: Sequence[Duel]) -> Table:
+    variants = any(duel.variant for duel in found)
+    columns = (*DUEL_COLUMNS[:2], *(("variant",) if variants else ()), *DUEL_COLUMNS[2:])
+    rows = tuple(_duel_row(duel, variants) for duel in found)
+    return Table("OverFill against pruned only, exact match", columns, rows, Table.left | {"variant"})
+
+
+def _duel_row(duel: Duel, variants: bool) -> tuple[str, ...]:
+    result = duel.comparison
+    return (
+        duel.teacher,
+        f"{duel.ratio:g}",
+        *((duel.variant,) if variants else ()),
+        f"{result.first:.1%}",
+        f"{result.second:.1%}",
+        NOTHING if result.ratio is None else f"{_times(result.ratio.value)} {_range(result.ratio, 2)}",
+        f"{100 * result.difference.value:+.1f} pp {_range(result.difference, 1, 100)}",
+        verdict(duel),
+    )
+
+
+def verdict(duel: Duel) -> str:
+    """`OverFill better`, `OverFill worse` or `within noise`, with McNemar's p-value where it holds."""
+    result = duel.comparison
+    word = "within noise" if result.within_noise else "OverFill better" if result.difference.low > 0 else "OverFill worse"
+    return word if result.p_value is None else f"{word} ({_p_value(result.p_value)})"
+
+
+def _p_value(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def _range(interval: Interval, digits: int, scale: float = 1.0) -> str:
+    return f"[{scale * interval.low:.{digits}f}, {scale * interval.high:.{digits}f}]"
+
+
+def _percent(share: Interval | None) -> str:
+    return NOTHING if share is None else f"{100 * share.value:.1f} ± {100 * share.half_width:.1f} %"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms" if value >= 0.01 else f"{1000 * value:.2f} ms"
+
+
+def _times(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}x"
+
+
+def _markdown_table(table: Table) -> str:
+    marks = [":---" if column in table.left else "---:" for column in table.columns]
+    lines = [table.columns, marks, *table.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,158 @@
+"""What MLflow is told about a sweep, as plain values: nothing here talks to a server.
+
+Parameters are few and numeric, so that the parallel-coordinates chart is of use (mlflow#2273); the whole configuration
+is an artifact. Curves of the student's training keep their names; those of stages that cells share (the teacher's
+training) go to the parent run under `<stage>/<label>/…`, once. Final metrics have the same names in every cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.curves import Curve
+
+if TYPE_CHECKING:
+    from pipeline.report import Row
+    from pipeline.sweep import Cell
+    from pipeline.watch import CellView, Snapshot, StageView
+
+RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+CELL_STAGE = "distill"
+"""The stage whose curve is the cell's own."""
+TEXT_LIMIT = 5000
+"""MLflow refuses longer tags."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metric at one step; `time` in seconds since the epoch."""
+
+    key: str
+    value: float
+    step: int
+    time: float
+
+
+def wanted_status(view: CellView) -> RunStatus | None:
+    """Where the cell's run should be; None as long as nothing of the cell's own has begun.
+
+    A cell that is between two stages, or waits for a stage that others share, keeps the status it has."""
+    if view.state in ("done", "failed"):
+        return "FINISHED" if view.state == "done" else "FAILED"
+    if view.state in ("stopped", "interrupted"):
+        return "KILLED"
+    return "RUNNING" if any(stage.state == "running" for stage in view.own) else None
+
+
+def parent_status(snapshot: Snapshot) -> RunStatus:
+    """How a sweep ended that nobody works on any more."""
+    states = [view.state for view in snapshot.cells]
+    if all(state == "done" for state in states):
+        return "FINISHED"
+    return "FAILED" if "failed" in states else "KILLED"
+
+
+def parameters(cell: Cell) -> dict[str, float | int | str]:
+    """The cell's parameters: all known before it runs, so that they are there from the first moment."""
+    distill, widths = cell.config.distill, cell.widths
+    values: dict[str, float | int | str | None] = {
+        "method": cell.method,
+        "ratio": cell.ratio,
+        "hidden": cell.shape.hidden if widths is None else widths.hidden,
+        "intermediate": cell.shape.intermediate if widths is None else widths.intermediate,
+        "teacher_hidden": cell.shape.hidden,
+        "teacher_intermediate": cell.shape.intermediate,
+        "layers": cell.shape.layers,
+        "seed": cell.seed,
+    }
+    if widths is not None:
+        loss = distill.effective_loss
+        values |= {
+            "learning_rate": distill.learning_rate,
+            "tokens": distill.tokens,
+            "batch_tokens": distill.batch_tokens,
+            "loss_kl": loss.kl,
+            "loss_kv": loss.kv,
+            "loss_ce": loss.ce,
+        }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def tags(view: CellView, commit: str | None) -> dict[str, str]:
+    """What runs are searched by."""
+    cell = view.cell
+    found = {
+        "teacher": cell.teacher,
+        "method": cell.method,
+        "ratio": f"{cell.ratio:g}",
+        "seed": "" if cell.seed is None else str(cell.seed),
+        "identity": cell.identity,
+        "state": view.state,
+        "failure": (view.failure or "")[:TEXT_LIMIT],
+        "mlflow.source.name": "overfill",
+        "mlflow.source.type": "LOCAL",
+    }
+    if commit:
+        found |= {"commit": commit, "mlflow.source.git.commit": commit.rstrip("+")}
+    return found
+
+
+def curve_values(curve: Curve, logged: Mapping[str, int], prefix: str = "") -> list[Value]:
+    """The values of a curve behind what is `logged` (metric -> highest step that the run has), by rising step."""
+    return [
+        Value(prefix + name, value, point.step, point.time)
+        for step in sorted(curve.points)
+        for name, value in (point := curve.points[step]).metrics.items()
+        if point.step > logged.get(prefix + name, -1)
+    ]
+
+
+def shared_prefix(stage: StageView, snapshot: Snapshot) -> str:
+    """`teacher/small/` for the curves of a shared stage; with its identity where two have the same label."""
+    twins = [other for other in snapshot.stages.values() if (other.name, other.label) == (stage.name, stage.label)]
+    label = stage.label if len(twins) == 1 else f"{stage.label}-{stage.identity}"
+    return f"{stage.name}/{label}/"
+
+
+def final_values(view: CellView, row: Row) -> list[Value]:
+    """The cell's results: records' metrics and its own latency, at the step of its last training step."""
+    step = next((stage.steps for stage in view.stages if stage.name == CELL_STAGE and stage.steps), 0)
+    end = max((stage.finished for stage in view.stages if stage.finished is not None), default=0.0)
+    found: dict[str, Any] = {
+        "eval/exact_match": row["exact_match"],
+        "eval/perplexity": row["perplexity"],
+        "eval/response_nll": row["response_nll"],
+        "eval/agreement": row["agreement"],
+        "eval/samples": row["samples"],
+        "latency/ttft_s": row["ttft_s"],
+        "latency/tpot_s": row["tpot_s"],
+        "latency/tokens_per_s": row["tokens_per_s"],
+        "latency/peak_bytes": row["peak_bytes"],
+        "latency/speed_up": row["speed_up"],
+        "shape/parameters": row["parameters"],
+        "shape/parameters_kept": row["parameters_kept"],
+        "shape/ratio_effective": row["ratio_effective"],
+        "cost/train_tokens": row["train_tokens"],
+    }
+    if row["exact_match_interval"] is not None:
+        found["eval/exact_match_low"], found["eval/exact_match_high"] = row["exact_match_interval"]
+    for stage in view.stages:
+        if stage.name in (CELL_STAGE, "evaluate"):
+            found[f"cost/{stage.name}_s"] = stage.seconds
+    return [Value(key, float(value), step, end) for key, value in found.items() if _number(value)]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def artifact_places(view: CellView, digests: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Where the cell's artifacts lie, with the digests of their files: large files stay in the store."""
+    return {
+        stage.name: {"identity": stage.identity, "folder": str(stage.folder), "sha256": dict(digests[stage.identity])}
+        for stage in view.stages
+        if stage.identity in digests
+    }

@@ -1,0 +1,176 @@
+"""Rows, groups and comparisons of a sweep whose results are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from synthetic_store import SAMPLES, TPOT, SyntheticStore, outcomes, toy_cells
+
+from overfill.errors import UserError
+from overfill.shapes import ModelShape
+from pipeline.report import Group, front, make_report, rows
+from pipeline.statistics import Interval
+from pipeline.tables import markdown, tables, to_json
+
+
+@pytest.fixture
+def synthetic(tmp_path: Path) -> SyntheticStore:
+    return SyntheticStore(tmp_path / "runs")
+
+
+def test_a_row_has_the_values_of_its_own_system_and_of_the_models_on_disk(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes(120))
+    table = {row["method"]: row for row in rows(cells, synthetic.store)}
+
+    overfill, pruned, full = table["overfill"], table["pruned"], table["full"]
+    assert [full["tpot_s"], overfill["tpot_s"], pruned["tpot_s"]] == [TPOT["full"], TPOT["overfill"], TPOT["student"]]
+    assert overfill["speed_up"] == pytest.approx(4.0)
+    assert full["speed_up"] == 1.0
+    assert overfill["benchmark"] == {"batch": 1, "prompt": 128, "output": 32}
+    assert overfill["exact_match"] == 0.6
+    assert overfill["exact_match_interval"] == pytest.approx([0.5308, 0.6653], abs=1e-4)
+    assert overfill["train_tokens"] == 1000
+    assert (overfill["state"], overfill["seed"], full["seed"]) == ("done", 0, None)
+
+    pretrain = cells[0].config.teacher.pretrain
+    assert pretrain is not None
+    shape = ModelShape.from_config(pretrain.model_config_dict(vocabulary=40, max_positions=128))
+    assert full["parameters"] == shape.parameters()
+    assert full["parameters_kept"] == 1.0
+    widths = cells[1].widths
+    assert widths is not None
+    student = shape.pruned(widths.hidden, widths.intermediate).parameters()
+    assert overfill["parameters"] == student
+    assert overfill["ratio_effective"] == pytest.approx(1 - student / shape.parameters())
+
+
+def test_a_cell_that_has_not_run_has_its_planned_shape_and_no_results(synthetic: SyntheticStore) -> None:
+    row = rows(toy_cells(methods=("overfill",)), synthetic.store)[0]
+    assert row["state"] == "unfinished"
+    assert 0.0 < row["parameters_kept"] < 1.0
+    missing = ("exact_match", "exact_match_interval", "perplexity", "ttft_s", "tpot_s", "speed_up", "train_tokens")
+    assert {row[name] for name in missing} == {None}
+
+
+def test_json_has_one_object_per_cell_with_the_promised_keys(synthetic: SyntheticStore) -> None:
+    cells = toy_cells()
+    synthetic.finish(cells[0])
+    found = json.loads(to_json(make_report("toy", "", cells, synthetic.store)))
+    promised = "teacher method ratio ratio_effective seed parameters exact_match exact_match_interval perplexity ttft_s tpot_s"
+    assert len(found) == 2
+    assert set(promised.split()) <= set(found[0])
+    assert found[1]["exact_match"] is None
+
+
+def test_a_value_that_is_not_a_number_becomes_null_in_json(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("overfill",))
+    report = make_report("toy", "", cells, synthetic.store)
+    report.rows[0]["perplexity"] = float("nan")
+    assert json.loads(to_json(report))[0]["perplexity"] is None
+
+
+def test_seeds_become_one_group_with_an_interval_over_seeds_and_samples(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("overfill",), seeds=(0, 1))
+    for cell, right in zip(cells, (100, 120), strict=True):
+        synthetic.finish(cell, outcomes(right))
+    report = make_report("toy", "", cells, synthetic.store)
+    assert len(report.groups) == 1
+    group = report.groups[0]
+    assert group.seeds == (0, 1)
+    assert group.exact_match is not None
+    assert group.exact_match.value == pytest.approx(0.55)
+    assert group.mean("tpot_s") == TPOT["overfill"]
+
+
+def test_overfill_is_compared_with_pruned_only_of_the_same_ratio(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(ratios=(0.25, 0.5))
+    right = {(0.25, "overfill"): 150, (0.25, "pruned"): 149, (0.5, "overfill"): 130, (0.5, "pruned"): 65}
+    for cell in cells:
+        synthetic.finish(cell, outcomes(right[cell.ratio, cell.method]))
+    report = make_report("toy", "", cells, synthetic.store)
+    close, wide = report.duels
+    assert (close.ratio, wide.ratio) == (0.25, 0.5)
+    assert close.comparison.within_noise
+    assert wide.comparison.difference.value == pytest.approx(65 / SAMPLES)
+    assert wide.comparison.ratio is not None
+    assert wide.comparison.ratio.value == pytest.approx(2.0)
+
+    duel_table = tables(report)[-1]
+    assert [row[-1] for row in duel_table.rows] == ["within noise (p = 1)", "OverFill better (p < 0.001)"]
+    text = markdown(report)
+    assert "| 0.5 | OverFill |" in text
+    assert "2.00x" in text
+
+
+def test_cells_with_other_axes_are_never_averaged_together(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("overfill",), axes={"distill.learning_rate": [1e-3, 1e-4]})
+    for cell in cells:
+        synthetic.finish(cell)
+    variants = [group.variant for group in make_report("toy", "", cells, synthetic.store).groups]
+    assert variants == ["learning_rate=0.0001", "learning_rate=0.001"]
+
+
+def test_two_different_widths_show_in_the_variant(synthetic: SyntheticStore) -> None:
+    axes = {"prune": [{"hidden": 0.25, "intermediate": 0.5}, {"hidden": 0.5, "intermediate": 0.25}]}
+    cells = toy_cells(methods=("overfill",), axes=axes)
+    assert [cell.ratio for cell in cells] == [0.375, 0.375]
+    variants = [row["variant"] for row in rows(cells, synthetic.store)]
+    assert variants == ["h0.25-i0.5", "h0.5-i0.25"]
+
+
+def test_the_full_model_appears_once_per_teacher(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(ratios=(0.25, 0.5), methods=("full", "overfill"), seeds=(0, 1))
+    for cell in cells:
+        synthetic.finish(cell)
+    methods = [group.method for group in make_report("toy", "", cells, synthetic.store).groups]
+    assert methods == ["full", "overfill", "overfill"]
+
+
+def test_the_fastest_configuration_that_keeps_the_quality_is_shipped(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes({"full": 150, "overfill": 145, "pruned": 90}[cell.method]))
+    report = make_report("toy", "", cells, synthetic.store)
+    group, kept = report.to_ship["small"]
+    assert (group.method, kept) == ("overfill", True)
+    assert "ship OverFill at ratio 0.5" in markdown(report)
+    assert "4.00x the full model's speed" in markdown(report)
+
+
+def test_when_nothing_keeps_the_quality_the_report_says_so(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes({"full": 190, "overfill": 100, "pruned": 90}[cell.method]))
+    assert "nothing keeps 95% of the full model's exact match" in markdown(make_report("t", "", cells, synthetic.store))
+
+
+def test_unfinished_cells_are_counted_in_words(synthetic: SyntheticStore) -> None:
+    cells = toy_cells()
+    synthetic.finish(cells[0])
+    assert "1 of 2 cells are not done: `overfill status toy` says why." in markdown(
+        make_report("toy", "", cells, synthetic.store)
+    )
+
+
+def test_the_front_keeps_only_what_nothing_else_beats() -> None:
+    points = [(4.0, 0.9), (1.0, 0.5), (2.0, 0.4), (2.0, 0.8), (3.0, 0.8)]
+    assert front(points) == [1, 3, 0]
+    assert front([]) == []
+
+
+def test_a_result_that_cannot_be_read_names_its_file(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("overfill",))
+    synthetic.finish(cells[0])
+    path = synthetic.store.payload(cells[0].stage("benchmark")) / "latency.json"  # type: ignore[arg-type]
+    path.write_text("{" + path.read_text()[1:-1] + " ")  # the size is kept, so that the store's check passes
+    with pytest.raises(UserError, match="latency.json: cannot be read"):
+        rows(cells, synthetic.store)
+
+
+def test_a_group_without_a_value_has_no_mean() -> None:
+    member = {"seed": 0, "tpot_s": None}
+    assert Group("t", 0.5, "", "pruned", (member,), Interval(0.5, 0.4, 0.6)).mean("tpot_s") is None
