@@ -141,7 +141,7 @@ def checked_shape(config: Mapping[str, Any], where: str = "config.json") -> Mode
     if name not in ARCHITECTURES:
         raise UserError(f"{where}: model_type {name!r} is not supported; known: {_known()}")
     if config.get("quantization_config"):
-        raise UserError(f"{where}: quantization_config: quantised weights cannot be cut; give the model in bf16 or fp32")
+        raise UserError(f"{where}: quantised weights cannot be cut; give the model in bf16 or fp32")
     row = ARCHITECTURES[name]
     window = _window(config, row)
     if window is not None:

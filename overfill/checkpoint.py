@@ -1,9 +1,9 @@
 """Students and full models on disk.
 
 A student folder is a plain `transformers` folder (config, safetensors, tokenizer, generation config) plus
-`overfill.json`, the manifest: which full model it was cut from, which channels it kept, how it was trained. The manifest
-is written last, so a folder without it is not a student. It carries a digest of the full model's weights, because a
-student continues on the cache of the one model that it was trained with, and any other gives fluent nonsense.
+`overfill.json`, the manifest: which full model it was cut from, which channels it kept, how it was trained. The
+manifest is written last, so a folder without it is not a student. It carries a digest of the full model's weights,
+because a student continues on the cache of the one model that it was trained with, and any other gives nonsense.
 
 Weights are safetensors, never pickle, and only the student's: the full model is named, not copied.
 """
@@ -33,6 +33,8 @@ from overfill.weights import WeightsFolder, check_names, check_weights, write_we
 
 MANIFEST_FILE = "overfill.json"
 FORMAT = 1
+Training = Literal["overfill", "pruned", "scratch"]
+"""The methods of `overfill.config.Method` that train a student."""
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
 
 
@@ -56,7 +58,7 @@ class Manifest(Frozen):
     """The model that it was cut from."""
     architecture: str
     """`model_type` of both models."""
-    method: Literal["overfill", "pruned", "scratch"] | None = None
+    method: Training | None = None
     """How it was trained; null: cut, not trained yet."""
     widths: PrunedWidths
     """Requested and effective widths."""
@@ -74,7 +76,7 @@ class Manifest(Frozen):
         architecture: str,
         widths: PrunedWidths,
         kept: KeptChannels | None,
-        method: Literal["overfill", "pruned", "scratch"] | None = None,
+        method: Training | None = None,
     ) -> Manifest:
         """The manifest of a student; `kept` is None for a random start."""
         return cls(
@@ -87,6 +89,10 @@ class Manifest(Frozen):
             versions=_versions(),
         )
 
+    def trained(self, method: Training) -> Manifest:
+        """The manifest of the same student after training by `method`."""
+        return self.model_copy(update={"method": method, "versions": _versions()})
+
 
 def save_student(
     student: PreTrainedModel,
@@ -98,9 +104,12 @@ def save_student(
     """Write a student folder; the manifest last.
 
     `full_folder`: the full model's folder, whose tokenizer and generation config are copied. `state_dict`: weights in
-    place of the module's own (gathered from a sharded engine), by the names of `student.state_dict()`.
+    place of the module's own (gathered from a sharded engine), by the names of `student.state_dict()`. Raises
+    ValueError for a manifest of another shape, UserError for weights that are not the student's.
     """
     shape = checked_shape(student.config.to_dict(), "student")
+    if (shape.hidden, shape.intermediate) != (manifest.widths.hidden, manifest.widths.intermediate):
+        raise ValueError(f"the manifest is for widths {manifest.widths}, the student has {shape}")
     weights = student.state_dict() if state_dict is None else state_dict
     check_names(set(weights), parameters(shape), "student")
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path}: missing, so {folder} is not a student folder; give the folder of a student") from error
+        raise UserError(f"{path}: missing, so this is not a student folder; give the folder of a student") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); prune or train the student again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -216,13 +225,17 @@ def weights_digest(folder: Path) -> str:
 def full_model_folder(reference: str | Path, revision: str | None = None) -> Path:
     """The local folder of a full model: the path itself, or the hub's snapshot (downloaded if it is not there).
 
-    Raises UserError for a path that does not exist."""
+    Raises UserError for a path that does not exist, and for a model that the hub does not give."""
     path = Path(reference).expanduser()
     if path.is_dir():
         return path.absolute()
     if isinstance(reference, Path) or reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         raise UserError(f"{reference}: no such folder; give the folder of the full model or its hub id")
-    return Path(snapshot_download(reference, revision=revision, allow_patterns=HUB_FILES))
+    try:
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:  # every error of the hub's client is one of these
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{reference} at revision {revision}: neither a folder nor fetched ({reason})") from error
 
 
 def _load(

@@ -2,12 +2,14 @@
 
 After Minitron (arXiv 2407.14679, section 2.2), as OverFill (arXiv 2508.08446, section 3) uses it. For a channel c,
 
-    m(n, s, c) = mean over the real tokens t of sample s of |a(n, t, c)|,    score(n, c) = sqrt(sum over s of m(n, s, c)^2)
+    m(n, s, c)  = mean over the real tokens t of sample s of |a(n, t, c)|
+    score(n, c) = sqrt(sum over s of m(n, s, c)^2)
 
-with activations a at the places n: the outputs of `input_layernorm` and `post_attention_layernorm` (hidden channels) and
-the inputs of `down_proj` (intermediate channels, per layer). The scores of hidden channels are summed over all norms of
-all layers, because all layers share the residual stream. `across="mean"` takes the mean over s in place of the L2 norm.
-Minitron found (mean over the sequence, L2 over samples) best: 7.18 against 8.73 for L2 over both.
+with activations a at the places n: the outputs of `input_layernorm` and `post_attention_layernorm` (hidden channels),
+and the inputs of `down_proj` (intermediate channels, per layer). The scores of hidden channels are summed over all
+norms of all layers, because all layers share the residual stream. `across="mean"` takes the mean over s in place of the
+L2 norm. Minitron found the mean over the sequence with the L2 norm over samples best (7.18 against 8.73 for L2 over
+both, lower is better).
 
 Running sums over s in float64 are all the memory, whatever the number of samples; sums merge across workers. Only
 activations are read, never parameters, so the full model may be sharded (ZeRO-3). Keys and values are seen where they

@@ -1,9 +1,9 @@
 """Width pruning: cut a full model into a student that shares the geometry of its KV cache.
 
-OverFill (arXiv 2508.08446, section 3) slices every weight matrix to the highest-scoring channels and keeps layers, heads
-and head dim. Which dimension of which parameter is cut stands in the table of `overfill.architectures`; this module only
-walks over it, so that cutting a loaded model (`prune`) and cutting a folder tensor by tensor (`prune_folder`) cannot
-differ. What is kept is copied unchanged, so pruning nothing gives a bit-identical model.
+OverFill (arXiv 2508.08446, section 3) slices every weight matrix to the highest-scoring channels and keeps layers,
+heads and head dim. Which dimension of which parameter is cut stands in the table of `overfill.architectures`; this
+module only walks over it, so that cutting a loaded model (`prune`) and cutting a folder tensor by tensor
+(`prune_folder`) cannot differ. What is kept is copied unchanged, so pruning nothing gives a bit-identical model.
 
 The student's config is the full model's with other widths and an explicit `head_dim`, which `transformers` would
 otherwise derive from the narrower hidden size.
@@ -85,7 +85,9 @@ def prune_folder(
     return kept
 
 
-def random_student(full_config: PreTrainedConfig, widths: PrunedWidths, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+def random_student(
+    full_config: PreTrainedConfig, widths: PrunedWidths, seed: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A student of the same shape with random weights (the method `scratch`): the same seed gives the same weights.
 
     The global random state is left as it was. Raises UserError for a model that cannot be cut.
@@ -105,7 +107,9 @@ def student_config(full_config: PreTrainedConfig, widths: PrunedWidths) -> PreTr
     fields["hidden_size"], fields["intermediate_size"] = widths.hidden, widths.intermediate
     heads = fields["num_attention_heads"]
     if widths.hidden % heads:
-        raise UserError(f"prune.hidden: {widths.hidden} channels is not a multiple of the {heads} heads; use resolve_widths")
+        raise UserError(
+            f"prune.hidden: {widths.hidden} channels is not a multiple of the {heads} heads; use resolve_widths"
+        )
     for private in ("_name_or_path", "transformers_version"):
         fields.pop(private, None)
     return type(full_config).from_dict(fields)
@@ -121,7 +125,7 @@ def cut(tensor: Tensor, parameter: Parameter, kept: KeptChannels) -> Tensor:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a local model folder. Raises UserError when it is missing, broken, or of an unknown architecture."""
+    """The config of a local model folder. Raises UserError when it is missing, broken or of a model that is no use."""
     path = folder / "config.json"
     try:
         checked_shape(json.loads(path.read_text()), str(path))

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -147,13 +148,23 @@ def test_given_weights_replace_the_modules_own(pair: Pair, tmp_path: Path) -> No
     assert all(torch.equal(tensor, gathered[name]) for name, tensor in loaded.state_dict().items())
 
 
+def test_weights_of_another_shape_than_the_manifest_are_not_saved(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the manifest is for widths"):
+        save_student(pair.full, tmp_path / "wrong", pair.manifest)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_training_changes_the_method_and_nothing_else_of_the_manifest(pair: Pair) -> None:
+    assert pair.manifest.trained("pruned") == pair.manifest.model_copy(update={"method": "pruned"})
+
+
 def test_a_student_loads_in_another_precision(pair: Pair) -> None:
     assert load_student(pair.folder, dtype=torch.bfloat16).dtype is torch.bfloat16
     assert load_student(pair.folder).dtype is torch.float32
 
 
 def test_a_folder_without_a_manifest_is_no_student(pair: Pair) -> None:
-    with pytest.raises(UserError, match=r"overfill.json: missing, so .*full is not a student folder"):
+    with pytest.raises(UserError, match=r"full/overfill.json: missing, so this is not a student folder"):
         load_student(pair.full_folder)
     with pytest.raises(UserError, match="missing"):
         read_manifest(pair.folder / "nowhere")
@@ -235,6 +246,17 @@ def test_a_path_is_never_looked_up_on_the_hub(reference: str | Path, monkeypatch
         full_model_folder(reference)
 
 
+def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import overfill.checkpoint
+
+    def offline(*arguments: object, **options: object) -> str:
+        raise OSError("cannot reach the hub\nmore lines")
+
+    monkeypatch.setattr(overfill.checkpoint, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"^someone/model at revision abc: neither .*cannot reach the hub\)$"):
+        full_model_folder("someone/model", "abc")
+
+
 def test_a_hub_id_is_fetched_at_its_revision_and_without_pickles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,8 +266,10 @@ def test_a_hub_id_is_fetched_at_its_revision_and_without_pickles(
 
     def snapshot(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((repo_id, revision))
-        assert not any(pattern.endswith((".bin", ".pt", "*")) and pattern == "*" for pattern in allow_patterns)
-        assert "config.json" in allow_patterns and "*.safetensors" in allow_patterns
+        wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+        assert all(any(fnmatch(file, pattern) for pattern in allow_patterns) for file in wanted)
+        unwanted = ["pytorch_model.bin", "model.pt", "modeling_custom.py", "consolidated.00.pth"]
+        assert not any(fnmatch(file, pattern) for file in unwanted for pattern in allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(overfill.checkpoint, "snapshot_download", snapshot)

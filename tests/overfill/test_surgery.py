@@ -139,13 +139,15 @@ def test_any_legal_width_runs_and_keeps_the_cache_geometry(
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 4096])
-def test_cutting_a_folder_equals_cutting_the_model(any_model: PreTrainedModel, tmp_path: Path, shard_bytes: int) -> None:
+def test_cutting_a_folder_equals_cutting_the_model(
+    any_model: PreTrainedModel, tmp_path: Path, shard_bytes: int
+) -> None:
     any_model.save_pretrained(tmp_path / "full", max_shard_size="6KB" if shard_bytes == 4096 else "1GB")
     (tmp_path / "full" / "tokenizer.json").write_text("{}")
     scores, narrow = random_scores(any_model.config), widths(any_model.config)
     student, kept = prune(any_model, scores, narrow)
-    kept_by_folder = prune_folder(tmp_path / "full", scores, narrow, tmp_path / "student", shard_bytes)
-    assert torch.equal(kept.hidden, kept_by_folder.hidden) and torch.equal(kept.intermediate, kept_by_folder.intermediate)
+    again = prune_folder(tmp_path / "full", scores, narrow, tmp_path / "student", shard_bytes)
+    assert torch.equal(kept.hidden, again.hidden) and torch.equal(kept.intermediate, again.intermediate)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", local_files_only=True)
     assert all(torch.equal(weight, student.state_dict()[name]) for name, weight in loaded.state_dict().items())
     assert (len(list((tmp_path / "student").glob("*.safetensors"))) > 1) == (shard_bytes == 4096)
