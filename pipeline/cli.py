@@ -1,0 +1,139 @@
+"""The command line. Thin: every command reads its arguments, calls one function, prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from overfill.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="OverFill: a full model reads the prompt, a width-pruned copy of it writes the answer.",
+)
+File = Annotated[str, typer.Argument(metavar="FILE", help="An experiment's YAML file.")]
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help="An experiment's name; the only one when left out.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field by dotted path.")]
+StoreOption = Annotated[str | None, typer.Option("--store", help="Folder of results; $OVERFILL_STORE or ./runs.")]
+Address = Annotated[str | None, typer.Option("--address", help="A running Ray cluster; left out: this machine.")]
+Continue = Annotated[bool, typer.Option("--continue-stopped", help="Also take up cells that were stopped early.")]
+
+
+@app.command()
+def run(
+    file: File,
+    overrides: Overrides = None,
+    store: StoreOption = None,
+    address: Address = None,
+    continue_stopped: Continue = False,
+) -> None:
+    """Run every cell of FILE; what is finished already is reused."""
+    from pipeline.commands import run_experiment
+    from pipeline.experiment import open_store, read_experiment
+
+    _exit(run_experiment(read_experiment(file, overrides or ()), open_store(store), address, continue_stopped))
+
+
+@app.command()
+def resume(
+    name: Name = None, store: StoreOption = None, address: Address = None, continue_stopped: Continue = False
+) -> None:
+    """Run what is missing of an experiment that was started before."""
+    from pipeline.commands import run_experiment
+    from pipeline.experiment import known_experiment, open_store
+
+    here = open_store(store)
+    _exit(run_experiment(known_experiment(here, name), here, address, continue_stopped))
+
+
+@app.command()
+def plan(file: File, overrides: Overrides = None, store: StoreOption = None) -> None:
+    """Say what would run, be reused or resumed, and why; parameters, memory, cost. Runs nothing."""
+    from pipeline.experiment import open_store, read_experiment
+    from pipeline.planning import print_plan
+
+    print_plan(read_experiment(file, overrides or ()), open_store(store), Console())
+
+
+@app.command()
+def status(name: Name = None, store: StoreOption = None) -> None:
+    """Show where every cell of an experiment stands."""
+    from pipeline.experiment import known_experiment, open_store
+    from pipeline.progress import print_status
+    from pipeline.watch import snapshot
+
+    here = open_store(store)
+    experiment = known_experiment(here, name)
+    print_status(experiment.name, snapshot(here, experiment.cells), Console())
+
+
+@app.command()
+def report(
+    name: Name = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One object per cell, as a JSON list.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The tables in Markdown.")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Compare the cells of an experiment."""
+    from pipeline.experiment import known_experiment, open_store
+    from pipeline.report import make_report
+    from pipeline.tables import markdown, print_report, to_json
+
+    here = open_store(store)
+    experiment = known_experiment(here, name)
+    found = make_report(experiment.name, experiment.config.description, experiment.cells, here)
+    if as_json or as_markdown:
+        typer.echo(to_json(found) if as_json else markdown(found))
+    else:
+        print_report(found, Console())
+
+
+@app.command()
+def ui(
+    store: StoreOption = None,
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
+) -> None:
+    """Open the MLflow UI on the store's runs."""
+    from pipeline.experiment import open_store
+    from pipeline.tracking import serve_ui
+
+    _exit(serve_ui(open_store(store), host, port))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of experiment files, for editors."""
+    from pipeline.config_io import schema as experiment_schema
+
+    typer.echo(json.dumps(experiment_schema(), indent=2))
+
+
+def _exit(code: int) -> None:
+    if code:
+        raise typer.Exit(code)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: a user's mistake is one line and exit code 2; an interrupted run is exit code 130."""
+    try:
+        app(args=arguments, prog_name="overfill")
+    except UserError as error:
+        sys.stderr.write(f"overfill: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("overfill: interrupted; the same command goes on from here\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What `overfill run` does around the run itself: find what is missing, run it, show what came out."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from pipeline.experiment import (
+    DEFAULT_STORE,
+    Experiment,
+    is_done,
+    keep_experiment,
+    run_missing,
+    sweep_folder,
+)
+from pipeline.plots import write_plots
+from pipeline.record import write_text
+from pipeline.report import Report, make_report
+from pipeline.store import Store
+from pipeline.tables import markdown, print_report, to_json
+
+if TYPE_CHECKING:
+    from pipeline.tune import Outcome
+
+REPORT_FILE, ROWS_FILE = "report.md", "report.json"
+
+
+def run_experiment(experiment: Experiment, store: Store, address: str | None, continue_stopped: bool) -> int:
+    """Run what is missing and print the comparison; exit code 1 when a cell failed."""
+    console = Console(stderr=True)
+    keep_experiment(experiment, store)
+    outcomes: list[Outcome] = []
+    if is_done(experiment, store):
+        console.print(f"{experiment.name}: all {len(experiment.cells)} cells are done already", highlight=False)
+    else:
+        outcomes = run_missing(experiment, store, address, console, continue_stopped)
+    report = make_report(experiment.name, experiment.config.description, experiment.cells, store)
+    plots = write_report(report, sweep_folder(store, experiment.name))
+    print_report(report, Console())
+    _print_places(store, plots, console)
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    for outcome in failed:
+        where = f" (log: {outcome.log})" if outcome.log else ""
+        console.print(f"failed: {experiment.cells[outcome.cell].label}: {outcome.reason}{where}", style="red", markup=False)
+    return 1 if failed else 0
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Write the tables, the rows and the plots of a report beside its experiment; returns the plots.
+
+    Nothing is drawn again when the rows are those of the last time."""
+    rows = to_json(report) + "\n"
+    plots = sorted(folder.glob("*.png"))
+    if plots and (folder / ROWS_FILE).is_file() and (folder / ROWS_FILE).read_text(encoding="utf-8") == rows:
+        return plots
+    write_text(folder / REPORT_FILE, markdown(report))
+    written = write_plots(report.groups, folder)
+    write_text(folder / ROWS_FILE, rows)
+    return [path for path in written if path.suffix == ".png"]
+
+
+def _print_places(store: Store, plots: list[Path], console: Console) -> None:
+    for plot in plots:
+        console.print(f"{plot.stem} plot: {plot}", highlight=False, soft_wrap=True)
+    default = store.root == Path(DEFAULT_STORE).absolute()
+    console.print(f"MLflow: overfill ui{'' if default else f' --store {shlex.quote(str(store.root))}'}", highlight=False)

@@ -1,0 +1,148 @@
+"""An experiment in a store: its file, its cells, and running what is missing of them.
+
+The effective experiment (overrides applied, paths absolute) is kept in `<store>/sweeps/<name>/experiment.yaml`, so that
+`status`, `resume` and `report` need only the name. Nothing to do is found out from files alone, without Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from overfill.errors import UserError
+from pipeline.config import ExperimentConfig
+from pipeline.config_io import dump_yaml, load_experiment
+from pipeline.record import write_text
+from pipeline.resume import Action, plan
+from pipeline.stage import Stage
+from pipeline.store import Store
+from pipeline.sweep import Cell, expand
+
+if TYPE_CHECKING:
+    from pipeline.tune import Outcome
+
+DEFAULT_STORE = "./runs"
+STORE_VARIABLE = "OVERFILL_STORE"
+EXPERIMENT_FILE = "experiment.yaml"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment and its cells."""
+
+    config: ExperimentConfig
+    cells: list[Cell]
+    where: str
+    """The file it was read from, for errors."""
+
+    @property
+    def name(self) -> str:
+        """Name of the sweep."""
+        return self.config.name
+
+    @property
+    def leaves(self) -> list[Stage]:
+        """What all cells end in, each once."""
+        return list({stage.identity: stage for cell in self.cells for stage in cell.leaves}.values())
+
+    @property
+    def yaml(self) -> str:
+        """The effective experiment: what was written, overrides applied, paths absolute."""
+        values = self.config.model_dump(mode="json", exclude_unset=True)
+        _make_absolute(values)
+        return dump_yaml(values)
+
+
+def _make_absolute(values: dict) -> None:
+    data, teacher = values.get("data", {}), values.get("teacher", {})
+    if data.get("path"):
+        data["path"] = str(Path(data["path"]).expanduser().absolute())
+    if teacher.get("model") and Path(teacher["model"]).expanduser().is_dir():
+        teacher["model"] = str(Path(teacher["model"]).expanduser().absolute())
+
+
+def open_store(store: str | None) -> Store:
+    """The store at `store`, `$OVERFILL_STORE` or ./runs. Raises UserError when it cannot be one."""
+    root = Path(store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE).expanduser().absolute()
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--store {root}: is a file; give a folder")
+    return Store(root)
+
+
+def read_experiment(file: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file and expand its cells. Raises UserError for anything wrong in it."""
+    config = load_experiment(file, overrides)
+    return Experiment(config, expand(config, file), file)
+
+
+def sweep_folder(store: Store, name: str) -> Path:
+    """Where a sweep's own files lie: the experiment, MLflow's run ids, tables, plots."""
+    return store.root / "sweeps" / name
+
+
+def known_experiment(store: Store, name: str | None) -> Experiment:
+    """An experiment that was run in this store; the only one when no name is given.
+
+    Raises UserError when there is none of that name, naming those that are there."""
+    names = sorted(path.parent.name for path in (store.root / "sweeps").glob(f"*/{EXPERIMENT_FILE}"))
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name is None or name not in names:
+        known = ", ".join(names) if names else "none yet; start one with `overfill run FILE`"
+        asked = "give the name of an experiment" if name is None else f"no experiment {name!r}"
+        raise UserError(f"{store.root}: {asked}; known: {known}")
+    return read_experiment(str(sweep_folder(store, name) / EXPERIMENT_FILE))
+
+
+def planned(experiment: Experiment, store: Store, explain: bool = True, continue_stopped: bool = False) -> list[Action]:
+    """What running the experiment would do."""
+    facts = store.gather(experiment.leaves, explain=explain)
+    return plan(experiment.leaves, facts, experiment.leaves, continue_stopped=continue_stopped)
+
+
+def is_done(experiment: Experiment, store: Store) -> bool:
+    """Whether every cell's results are there."""
+    return all(action.kind == "reuse" for action in planned(experiment, store, explain=False))
+
+
+def keep_experiment(experiment: Experiment, store: Store) -> Path:
+    """Write the effective experiment into its folder in the store, and return the folder."""
+    folder = sweep_folder(store, experiment.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / EXPERIMENT_FILE, experiment.yaml)
+    except OSError as error:
+        raise UserError(f"--store {store.root}: cannot be written ({error.strerror}); give another folder") from error
+    return folder
+
+
+def run_missing(
+    experiment: Experiment, store: Store, address: str | None, console: Console, continue_stopped: bool = False
+) -> list[Outcome]:
+    """Run what is missing of the experiment, on a cluster at `address` or on this machine."""
+    from pipeline.cluster import check_fits, concurrent_cells, connected
+    from pipeline.progress import Progress
+    from pipeline.tracking import Tracker
+
+    folder = sweep_folder(store, experiment.name)
+    with ExitStack() as stack:
+        has = stack.enter_context(connected(address, folder))
+        check_fits(experiment.config, has)
+        stack.enter_context(Tracker(experiment, store))
+        stack.enter_context(Progress(store, experiment.cells, console))
+        from pipeline.tune import run_cells  # imports ray.tune: only when there is something to run
+
+        return run_cells(
+            experiment.cells,
+            store.root,
+            experiment.config.resources,
+            concurrent_cells(experiment.config, has, len(experiment.cells)),
+            experiment.config.sweep.asha,
+            continue_stopped,
+        )
