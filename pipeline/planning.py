@@ -8,63 +8,69 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from overfill.shapes import ModelShape, PrunedWidths
 from pipeline.config import StageResources
 from pipeline.cost import Cost, cell_costs
 from pipeline.experiment import Experiment, planned
+from pipeline.graph import ratio_label
 from pipeline.resume import Action
 from pipeline.store import Store
 
 STYLES = {"reuse": "green", "resume": "cyan", "run": "bold", "wait": "yellow", "refuse": "red"}
 NOTHING = "–"
+WRAPPED = ("of", "why", "methods")
+"""Columns that give way on a narrow terminal."""
 
 
 def print_plan(experiment: Experiment, store: Store, console: Console) -> None:
-    """Print the cells with their students' shapes, then every needed stage with its reason and cost."""
-    console.print(_cell_table(experiment))
+    """Print the students' shapes, then what each needed stage would do, why, and what it costs."""
+    console.print(_student_table(experiment))
     actions = planned(experiment, store)
     console.print(_stage_table(experiment, actions))
+    for line in _worker_lines(experiment, {action.stage.name for action in actions}):
+        console.print(line, highlight=False)
     counts = Counter(action.kind for action in actions)
     total = ", ".join(f"{counts[kind]} {kind}" for kind in STYLES if counts[kind])
-    console.print(f"{len(experiment.cells)} cells, {len(actions)} stages: {total}. Store: {store.root}", highlight=False)
-    console.print("Memory is of one worker; operations of training are an upper bound (every token a response token).")
+    console.print(f"{len(experiment.cells)} cells, {len(actions)} stages: {total}", highlight=False)
+    console.print(f"store: {store.root}", highlight=False, soft_wrap=True)
 
 
-def _cell_table(experiment: Experiment) -> Table:
-    table = _table("Cells", "cell", "teacher", "student", "kept", "hidden", "intermediate", "requested", "effective")
+def _student_table(experiment: Experiment) -> Table:
+    table = _table("Students", "teacher", "ratio", "parameters", "kept", "hidden", "intermediate", "methods")
+    students: dict[tuple[str, ModelShape, PrunedWidths | None], list[str]] = {}
     for cell in experiment.cells:
-        full = cell.shape.parameters()
-        if cell.widths is None:
-            table.add_row(cell.label, count(full), *[NOTHING] * 6)
-            continue
-        widths = cell.widths
-        student = cell.shape.pruned(widths.hidden, widths.intermediate).parameters()
-        table.add_row(
-            cell.label,
-            count(full),
-            count(student),
-            f"{student / full:.1%}",
-            f"{widths.hidden} of {cell.shape.hidden}",
-            f"{widths.intermediate} of {cell.shape.intermediate}",
-            f"{widths.hidden_requested:.4g} / {widths.intermediate_requested:.4g}",
-            f"{widths.hidden_effective:.4g} / {widths.intermediate_effective:.4g}",
-        )
+        methods = students.setdefault((cell.teacher, cell.shape, cell.widths), [])
+        methods += [] if cell.method in methods else [cell.method]
+    for (teacher, shape, widths), methods in students.items():
+        table.add_row(teacher, *_student_row(shape, widths), ", ".join(methods))
     return table
 
 
+def _student_row(shape: ModelShape, widths: PrunedWidths | None) -> list[str]:
+    if widths is None:
+        return [NOTHING, count(shape.parameters()), "100%", str(shape.hidden), str(shape.intermediate)]
+    student = shape.pruned(widths.hidden, widths.intermediate).parameters()
+    return [
+        ratio_label(widths),
+        count(student),
+        f"{student / shape.parameters():.1%}",
+        f"{widths.hidden} (-{widths.hidden_effective:.1%})",
+        f"{widths.intermediate} (-{widths.intermediate_effective:.1%})",
+    ]
+
+
 def _stage_table(experiment: Experiment, actions: list[Action]) -> Table:
-    costs: dict[str, tuple[Cost, StageResources]] = {}
+    costs: dict[str, Cost] = {}
     for cell in experiment.cells:
         found = cell_costs(cell)
-        for stage in cell.stages:
-            if stage.name in found:
-                costs[stage.identity] = found[stage.name], getattr(cell.config.resources, stage.name)
-    table = _table("Stages", "stage", "action", "workers", "memory", "FLOPs", "why")
+        costs |= {stage.identity: found[stage.name] for stage in cell.stages if stage.name in found}
+    table = _table("Stages", "stage", "of", "action", "memory", "FLOPs", "why")
     for action in actions:
-        cost, resources = costs.get(action.stage.identity, (Cost(None, None), None))
+        cost = costs.get(action.stage.identity, Cost(None, None))
         table.add_row(
-            str(action.stage),
+            action.stage.name,
+            action.stage.label,
             f"[{STYLES[action.kind]}]{action.kind}[/]",
-            _workers(resources),
             NOTHING if cost.memory is None else size(cost.memory),
             NOTHING if cost.flops is None else f"{cost.flops:.2g}",
             action.reason,
@@ -72,19 +78,23 @@ def _stage_table(experiment: Experiment, actions: list[Action]) -> Table:
     return table
 
 
-def _workers(resources: StageResources | None) -> str:
-    if resources is None:
-        return NOTHING
-    gpus = f" x {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else ""
-    zero = f", ZeRO-{resources.zero_stage}" if resources.zero_stage else ""
-    return f"{resources.workers}{gpus}{zero}"
+def _worker_lines(experiment: Experiment, names: set[str]) -> list[str]:
+    lines = ["memory is of one worker; FLOPs of training are an upper bound, as if every token were a response token"]
+    for name in type(experiment.config.resources).model_fields:
+        stage = getattr(experiment.config.resources, name)
+        if name in names and isinstance(stage, StageResources) and (stage.workers > 1 or stage.gpus_per_worker):
+            zero = f", ZeRO-{stage.zero_stage}" if stage.zero_stage else ""
+            lines.append(
+                f"{name}: {stage.workers} workers x {stage.gpus_per_worker:g} GPU, {stage.cpus_per_worker:g} CPU{zero}"
+            )
+    return lines
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        words = column in ("cell", "stage", "why", "action")
-        table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=column in ("cell", "action"))
+        words = column in ("stage", "of", "action", "why", "teacher", "methods")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column not in WRAPPED)
     return table
 
 

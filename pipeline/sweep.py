@@ -125,9 +125,16 @@ def _cell(index: int, axes: Mapping[str, Any], config: ExperimentConfig) -> Cell
 
 
 def _other_axes(axes: Mapping[str, Any]) -> list[str]:
-    """The axes that teacher, ratio and method do not tell already, as `learning_rate=0.001`."""
+    """The axes that teacher, ratio and method do not tell already, as `learning_rate 0.001`."""
     told = ("teacher", "prune", "distill.method")
-    return [f"{path.split('.')[-1]}={value}" for path, value in axes.items() if not path.startswith(told)]
+    return [f"{path.split('.')[-1]} {_plain(value)}" for path, value in axes.items() if not path.startswith(told)]
+
+
+def _plain(value: Any) -> str:
+    """An axis' value for a label: `kl 1, kv 3` for a section."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _describe(axes: Mapping[str, Any]) -> str:
