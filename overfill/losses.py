@@ -113,7 +113,7 @@ def kv_match(student: KVStates, full: KVStates, second_moment: Tensor, mask: Ten
     for layer, (student_states, full_states) in enumerate(zip(student, full, strict=True)):
         for kind in (0, 1):
             difference = student_states[kind].float() - full_states[kind].detach().float()
-            # where, not a product: padding may hold anything, and 0 * inf is nan.
-            per_token = difference.square().sum((1, 3)).where(mask, 0.0)
-            total = total + weight[layer, kind] * per_token.sum()
+            # Masked before it is squared: padding may hold anything, and neither it nor its gradient may leak.
+            difference = difference.where(mask[:, None, :, None], 0.0)
+            total = total + weight[layer, kind] * difference.square().sum()
     return total
