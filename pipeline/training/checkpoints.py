@@ -1,0 +1,143 @@
+"""Step checkpoints: folders that are complete or not there.
+
+    progress/<identity>/step-00000040-3f9a1c/ 
+        position.json               step, tokens, best so far
+        rank-00000.safetensors      the part of the state that this rank wrote, by parameter name
+        rank-00000.json             the manifest of that rank: its files with size and sha256
+        complete.json               how many ranks; written last, by one rename, when every rank has written its manifest
+
+A checkpoint is complete if the marker is there and every file that the manifests list has the listed size and digest.
+A crash, a full disk or a copied folder that lacks a file therefore leaves a checkpoint that is named, skipped and
+later removed; the one before it is used. A folder's name is never used twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MARKER = "complete.json"
+POSITION = "position.json"
+_NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{6}\Z")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: everything that is not a tensor."""
+
+    step: int
+    """Optimizer steps taken, and the number of the next batch."""
+    tokens: int
+    """Corpus tokens read so far, over all workers."""
+    last_nll: float | None = None
+    """The latest held-out NLL."""
+    best_nll: float | None = None
+    """Lowest held-out NLL so far."""
+    best_step: int | None = None
+    """The step at which it was measured."""
+
+
+def new_name(step: int) -> str:
+    """A folder name for a checkpoint after `step` steps that was never used before."""
+    return f"step-{step:08d}-{uuid.uuid4().hex[:6]}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for any other folder."""
+    match = _NAME.match(folder.name)
+    return int(match[1]) if match else None
+
+
+def write_manifest(folder: Path, rank: int, files: list[Path]) -> None:
+    """List this rank's files, which are complete now, with size and sha256."""
+    listed = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    _write_json(_manifest(folder, rank), {"files": listed})
+
+
+def write_position(folder: Path, position: Position) -> Path:
+    """Write `position.json`; it belongs into the manifest of the rank that writes it."""
+    _write_json(folder / POSITION, asdict(position))
+    return folder / POSITION
+
+
+def mark_complete(folder: Path, ranks: int) -> None:
+    """Write the marker. To be called once, when every rank has written its manifest."""
+    _write_json(folder / MARKER, {"ranks": ranks})
+
+
+def why_incomplete(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None when it is complete. Reads every byte of it."""
+    try:
+        ranks = int(_read_json(folder / MARKER)["ranks"])
+        for rank in range(ranks):
+            for name, expected in _read_json(_manifest(folder, rank))["files"].items():
+                size = (folder / name).stat().st_size
+                if size != expected["bytes"]:
+                    return f"{name} has {size} bytes, {expected['bytes']} were written"
+                if _sha256(folder / name) != expected["sha256"]:
+                    return f"{name} is not what was written (sha256 differs)"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"a manifest is torn ({error})"
+    return None
+
+
+def newest_complete(root: Path, on_torn: Callable[[Path, str], None]) -> Path | None:
+    """The complete checkpoint with the most steps, or None. Each newer one that is not is passed to `on_torn`, with why."""
+    for folder in sorted(_folders(root), reverse=True):
+        reason = why_incomplete(folder)
+        if reason is None:
+            return folder
+        on_torn(folder, reason)
+    return None
+
+
+def read_position(folder: Path) -> Position:
+    """The position of a complete checkpoint."""
+    return Position(**_read_json(folder / POSITION))
+
+
+def rank_files(folder: Path) -> list[Path]:
+    """The tensor files of a complete checkpoint, of all ranks that wrote it."""
+    return [folder / f"rank-{rank:05d}.safetensors" for rank in range(int(_read_json(folder / MARKER)["ranks"]))]
+
+
+def remove_old(root: Path, keep: int) -> None:
+    """Remove checkpoints other than the newest `keep` marked ones, and what is torn and older than the newest marked."""
+    marked = sorted((folder for folder in _folders(root) if (folder / MARKER).exists()), reverse=True)
+    if not marked:
+        return
+    for folder in _folders(root):
+        if folder not in marked[:keep] and folder <= marked[0]:
+            shutil.rmtree(folder)
+
+
+def _folders(root: Path) -> list[Path]:
+    return [folder for folder in root.iterdir() if step_of(folder) is not None] if root.is_dir() else []
+
+
+def _manifest(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.json"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

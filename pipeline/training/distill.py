@@ -1,0 +1,96 @@
+"""Distillation in a worker: the models and their engines, the loop, and the student that comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from overfill.checkpoint import load_full_model, load_student, read_manifest, save_student
+from overfill.config import LossConfig
+from overfill.distillation import DistillationModel, TeacherModel
+from overfill.importance import ImportanceScores
+from overfill.surgery import random_student, read_config
+from pipeline.config import DistillConfig
+from pipeline.stage import StageRun
+from pipeline.stages.folders import model_folder
+from pipeline.training.deepspeed_config import DTYPES, EngineSettings
+from pipeline.training.distributed import Place, process_group
+from pipeline.training.engine import frozen_engine
+from pipeline.training.loop import FullModel, Objective
+from pipeline.training.session import Learner, run_training
+from pipeline.training.launch import stage_resources
+
+SCORES_FILE = "scores.safetensors"
+
+
+def train_student(run: StageRun) -> dict[str, Any]:
+    """Train the student of a `distill` stage."""
+    settings = dict(run.config)
+    seed = int(settings.pop("seed"))
+    config = DistillConfig.model_validate(settings)
+    resources = stage_resources(run)
+    with process_group(resources.gpus_per_worker, resources.threads) as place:
+        student = _student(run, config, seed)
+        objective = _objective(run, config, place)
+        learner = Learner(
+            config=config,
+            seed=seed,
+            model=student,
+            objective=objective,
+            full=lambda settings: _full_model(run, config, objective, settings, place),
+            save=lambda weights: _save(run, config, student, weights),
+        )
+        return run_training(run, learner, resources, place)
+
+
+def _student(run: StageRun, config: DistillConfig, seed: int) -> PreTrainedModel:
+    """The cut student, or for `scratch` one of its shape with random weights."""
+    folder = model_folder(run.inputs["student"])
+    # Training starts from fp32, so that in bf16 too the master weights are what the folder holds.
+    if config.method == "scratch":
+        full_config = read_config(model_folder(run.inputs["teacher"]))
+        return random_student(full_config, read_manifest(folder).widths, seed, torch.float32)
+    return load_student(folder, dtype=torch.float32)
+
+
+def _objective(run: StageRun, config: DistillConfig, place: Place) -> Objective:
+    assert config.method != "full"
+    loss = config.effective_loss
+    moments = None
+    if loss.kv > 0:
+        moments = ImportanceScores.load(run.inputs["scores"] / SCORES_FILE).kv_second_moment.to(place.device)
+    return Objective(method=config.method, loss=loss, kv_second_moment=moments)
+
+
+def _full_model(
+    run: StageRun, config: DistillConfig, objective: Objective, settings: EngineSettings, place: Place
+) -> FullModel | None:
+    """The full model, if anything is learned from it."""
+    if not needs_full_model(objective):
+        return None
+    full = load_full_model(model_folder(run.inputs["teacher"]), dtype=DTYPES[config.dtype])
+    call, module = frozen_engine(TeacherModel(full), settings, place.device)
+    assert isinstance(module, TeacherModel)
+    return FullModel(call=call, module=module)
+
+
+def needs_full_model(objective: Objective) -> bool:
+    """Whether training reads the full model: its cache, its distribution, or its keys and values."""
+    return objective.method == "overfill" or objective.loss.kl > 0 or objective.loss.kv > 0
+
+
+def _save(run: StageRun, config: DistillConfig, student: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    cut = read_manifest(model_folder(run.inputs["student"]))
+    changes: dict[str, Any] = {"method": config.method}
+    if config.method == "scratch":
+        changes |= {"kept_hidden": None, "kept_intermediate": None}
+    save_student(
+        student,
+        run.staging / "model",
+        cut.model_copy(update=changes),
+        full_folder=model_folder(run.inputs["teacher"]),
+        state_dict=weights,
+    )

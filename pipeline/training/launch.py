@@ -1,0 +1,131 @@
+"""Run a function on Ray Train workers for a stage, and turn what goes wrong into one line.
+
+The run's name is the stage's identity and its storage the stage's progress folder. Step checkpoints are found by our own
+rules (`pipeline.training.checkpoints`), so Ray's list of them, which refuses to start when one of its folders was
+removed, is deleted before a start.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+from overfill.errors import UserError
+from pipeline.config import StageResources
+from pipeline.stage import StageRun
+from pipeline.training.backend import RendezvousConfig, Trainer
+from pipeline.training.stream import CPUS_PER_TASK
+
+STOP_FILE = "stop"
+STOP_POLL_S = 0.5
+CONTROLLER_FAILURES = 30
+"""Each is a minute of waiting for CPUs that other runs hold, so this is half an hour."""
+RAY_TRAIN_ENVIRONMENT = {
+    # Ray polls workers every 2 s by default, and a report waits for the next poll.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Metrics for Prometheus, and a watcher process for nodes that are being reclaimed: not used.
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Paths are absolute here, and a worker's folder is no place for results.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+@dataclass(frozen=True)
+class StopFile:
+    """`stop_requested` for workers on any machine: whether a file is there."""
+
+    path: Path
+
+    def __call__(self) -> bool:
+        return self.path.exists()
+
+
+def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: StageRun) -> dict[str, Any]:
+    """Call `function({"run": run})` on every worker that the stage's resources ask for; returns rank 0's result.
+
+    Raises UserError when the cluster can never hold the workers, or when a worker raised one; RuntimeError with one line
+    and the place of the log for anything else that outlived the retries."""
+    resources = stage_resources(run)
+    check_cluster(resources, ray.cluster_resources(), run.stage.name)
+    os.environ.update({key: value for key, value in RAY_TRAIN_ENVIRONMENT.items() if key not in os.environ})
+    name = run.stage.identity
+    (run.progress / name / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    stop = StopFile(run.progress / STOP_FILE)
+    stop.path.unlink(missing_ok=True)
+    trainer = Trainer(
+        function,
+        train_loop_config={"run": replace(run, stop_requested=stop)},
+        backend_config=RendezvousConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=worker_bundle(resources),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(run.progress),
+            failure_config=FailureConfig(
+                max_failures=resources.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+        ),
+    )
+    with _forward_stop(run.stop_requested, stop.path):
+        result = trainer.fit()
+    return dict(result.return_value or {})
+
+
+def stage_resources(run: StageRun) -> StageResources:
+    """The resources of a stage, defaults where the experiment gives none."""
+    return StageResources.model_validate(run.resources or {})
+
+
+def worker_bundle(resources: StageResources) -> dict[str, float]:
+    """What Ray reserves for one worker."""
+    bundle = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        bundle["GPU"] = resources.gpus_per_worker
+    return bundle
+
+
+def check_cluster(resources: StageResources, cluster: dict[str, float], stage: str) -> None:
+    """Raise UserError when the cluster has less than the workers and the data tasks need, even when idle.
+
+    Ray would wait for ever: a placement group that cannot be met is not an error to it."""
+    for kind, each in worker_bundle(resources).items():
+        spare = CPUS_PER_TASK if kind == "CPU" else 0.0
+        needed, there = each * resources.workers + spare, cluster.get(kind, 0.0)
+        if needed > there + 1e-9:
+            field = "cpus_per_worker" if kind == "CPU" else "gpus_per_worker"
+            raise UserError(
+                f"resources.{stage}: {resources.workers} workers with {field} = {each:g} need {needed:g} {kind}, "
+                f"the cluster has {there:g}; lower `workers` or `{field}`"
+            )
+
+
+@contextmanager
+def _forward_stop(requested: Callable[[], bool], path: Path) -> Iterator[None]:
+    """While inside, make the stop file as soon as the stage is asked to stop."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(STOP_POLL_S):
+            if requested():
+                path.touch()
+                return
+
+    watcher = threading.Thread(target=watch, name="forward-stop", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()

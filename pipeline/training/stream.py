@@ -1,0 +1,180 @@
+"""Token shards -> the batches of one worker, from any step on, through Ray Data.
+
+Ray Data has no training iterator that can be resumed (ray#37633), so nothing is resumed here: the data set is the step
+numbers from the first wanted one on, and a task turns a step number into that step's token ids. Batch k is thereby a
+function of (shards, seed, k) alone (`pipeline.corpus.order`), whatever ran before and on however many workers; the order
+of blocks is kept (`preserve_order`), and the reader checks that the step it gets is the one it expects.
+
+Every worker streams its own rows. Tasks ask for a small share of a CPU, at most two at a time: workers that hold the
+CPUs and wait for data can then not starve the tasks that make the data. Several small steps share a block, so
+that Ray's cost per task (about 10 ms) is paid once for many of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.corpus.order import EMPTY_SLOT, BatchOrder
+from pipeline.corpus.shards import TokenRow, TokenShards
+
+TOKENS_PER_BLOCK = 131_072
+MOST_STEPS_PER_BLOCK = 64
+CPUS_PER_TASK = 0.05
+TASKS_AT_ONCE = 2
+BYTES_IN_FLIGHT = 64 * 2**20
+
+Row = tuple[NDArray[np.int32], NDArray[np.int32]]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Which rows a worker gets at each step."""
+
+    folder: Path
+    """Token shards."""
+    sequences_per_batch: int
+    """Samples of a global batch."""
+    seed: int
+    """Seed of the order."""
+    steps: int
+    """The stream ends before this step."""
+    workers: int
+    micro_batch: int
+    rank: int
+
+    def order(self) -> BatchOrder:
+        """The order of the samples."""
+        return _opened(self.folder, self.sequences_per_batch, self.seed)[1]
+
+    @property
+    def steps_per_block(self) -> int:
+        """Steps that a task reads at once."""
+        order = self.order()
+        tokens = self.sequences_per_batch * float(order.lengths.mean()) / self.workers
+        return max(1, min(MOST_STEPS_PER_BLOCK, int(TOKENS_PER_BLOCK / tokens)))
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One worker's part of one global batch."""
+
+    step: int
+    samples: list[NDArray[np.int64]]
+    """Per micro-batch the sample number in each slot, -1 for an empty one."""
+    rows: list[list[Row | None]]
+    """Per micro-batch (prompt ids, response ids) of each slot, None for an empty one."""
+
+
+def read_step(plan: StreamPlan, step: int) -> StepRows:
+    """Read a step's rows from the shards, in this process."""
+    shards, order = _opened(plan.folder, plan.sequences_per_batch, plan.seed)
+    samples = order.slots(step, plan.workers, plan.micro_batch, plan.rank)
+    rows: list[list[Row | None]] = []
+    for slots in samples:
+        found = iter(shards.read(slots[slots != EMPTY_SLOT]))
+        rows.append([None if slot == EMPTY_SLOT else _ids(next(found)) for slot in slots])
+    return StepRows(step, samples, rows)
+
+
+def stream_steps(plan: StreamPlan, first: int) -> Iterator[StepRows]:
+    """The steps `first`, `first + 1`, ... up to `plan.steps`, read ahead by Ray Data tasks.
+
+    Raises RuntimeError when a step comes out of turn."""
+    if first >= plan.steps:
+        return
+    expected = first
+    for table in _tables(plan, first):
+        for step in _unpack(table, plan.micro_batch):
+            if step.step != expected:
+                raise RuntimeError(f"the data stream yielded step {step.step} where step {expected} was due")
+            yield step
+            expected += 1
+    if expected != plan.steps:
+        raise RuntimeError(f"the data stream ended before step {expected} of {plan.steps}")
+
+
+def _tables(plan: StreamPlan, first: int) -> Iterator[pa.Table]:
+    import ray.data
+    from ray.data import DataContext, ExecutionResources
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=BYTES_IN_FLIGHT)
+    steps = plan.steps - first
+    blocks = ray.data.range(steps, override_num_blocks=math.ceil(steps / plan.steps_per_block)).map_batches(
+        _read_block,
+        fn_args=(plan, first),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=CPUS_PER_TASK,
+        concurrency=TASKS_AT_ONCE,
+    )
+    yield from blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+
+def _read_block(block: pa.Table, plan: StreamPlan, first: int) -> pa.Table:
+    """Step offsets -> one table with a row per slot."""
+    return _pack([read_step(plan, first + int(offset)) for offset in block.column("id").to_numpy()])
+
+
+def _pack(steps: list[StepRows]) -> pa.Table:
+    empty = np.empty(0, np.int32)
+    slots = [slot for step in steps for micro in step.rows for slot in micro]
+    count = [sum(len(micro) for micro in step.rows) for step in steps]
+    return pa.table(
+        {
+            "step": np.repeat([step.step for step in steps], count),
+            "sample": np.concatenate([samples for step in steps for samples in step.samples]),
+            "prompt": _lists([empty if slot is None else slot[0] for slot in slots]),
+            "response": _lists([empty if slot is None else slot[1] for slot in slots]),
+        }
+    )
+
+
+def _unpack(table: pa.Table, micro_batch: int) -> Iterator[StepRows]:
+    numbers = table.column("step").to_numpy()
+    samples = table.column("sample").to_numpy()
+    prompts, responses = _arrays(table.column("prompt")), _arrays(table.column("response"))
+    for step, start in zip(*np.unique(numbers, return_index=True), strict=True):
+        end = int(np.searchsorted(numbers, step, side="right"))
+        rows: list[Row | None] = [
+            None if samples[i] == EMPTY_SLOT else (prompts[i], responses[i]) for i in range(int(start), end)
+        ]
+        parts = range(0, end - int(start), micro_batch)
+        yield StepRows(
+            step=int(step),
+            samples=[samples[int(start) + part : int(start) + part + micro_batch] for part in parts],
+            rows=[rows[part : part + micro_batch] for part in parts],
+        )
+
+
+def _lists(arrays: list[NDArray[np.int32]]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
+
+
+def _arrays(column: pa.ChunkedArray) -> list[NDArray[np.int32]]:
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        lists = pa.concat_arrays(lists.chunks)
+    values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
+    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _ids(row: TokenRow) -> Row:
+    return (row.prompt, row.response)
+
+
+@lru_cache(maxsize=2)
+def _opened(folder: Path, sequences_per_batch: int, seed: int) -> tuple[TokenShards, BatchOrder]:
+    shards = TokenShards.open(folder)
+    return shards, BatchOrder(shards.prompt_lengths, shards.response_lengths, sequences_per_batch, seed)

@@ -1,0 +1,93 @@
+"""Entry points of Ray Train workers. Each is called in a fresh process, where importing is most of the start-up."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import train
+
+from overfill.errors import UserError
+from pipeline.stage import StageRun
+from pipeline.training.quick_imports import import_training_libraries
+
+USER_ERROR = "user_error"
+STOPPED = "stopped"
+METRICS = "metrics"
+
+log = logging.getLogger(__name__)
+
+
+def distill(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Train a student; rank 0 writes it to the stage's staging folder."""
+
+    def work(run: StageRun) -> dict[str, Any]:
+        from pipeline.training.distill import train_student
+
+        return train_student(run)
+
+    return _guarded(work, arguments["run"])
+
+
+def pretrain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Train a teacher from scratch; rank 0 writes it to the stage's staging folder."""
+
+    def work(run: StageRun) -> dict[str, Any]:
+        from pipeline.training.pretrain import train_teacher
+
+        return train_teacher(run)
+
+    return _guarded(work, arguments["run"])
+
+
+def calibrate(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Measure channel importance; rank 0 writes the scores to the stage's staging folder."""
+
+    def work(run: StageRun) -> dict[str, Any]:
+        from pipeline.training.calibrate import measure_importance
+
+        return measure_importance(run)
+
+    return _guarded(work, arguments["run"])
+
+
+def log_file(run: StageRun, rank: int) -> Path:
+    """What a worker logs in this attempt."""
+    return run.attempt / f"worker-{rank}.log"
+
+
+def _guarded(work: Callable[[StageRun], dict[str, Any]], run: StageRun) -> dict[str, Any]:
+    """A user's mistake is a result, not a failure: Ray Train would try it again and wrap it in a traceback."""
+    with _logging_to(log_file(run, train.get_context().get_world_rank())):
+        try:
+            log.info("worker process %d begins", os.getpid())
+            import_training_libraries()
+            log.info("libraries imported")
+            return work(run)
+        except UserError as error:
+            log.error("%s", error)
+            return {USER_ERROR: str(error)}
+        except Exception:
+            log.exception("the worker failed")
+            raise
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Send this project's log to a file too."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("pipeline")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()
