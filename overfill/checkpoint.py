@@ -213,7 +213,7 @@ def verify_full_model(manifest: Manifest, full_folder: Path) -> None:
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 of a model folder's weights, the same however they are sharded. Reads every byte: about 1 s per GB.
+    """sha256 of a model folder's weights, the same however they are sharded. Reads every byte: 1 to 2 s per GB.
 
     Raises UserError for a folder that is missing, unsupported or torn."""
     shape = checked_shape(read_config(folder).to_dict(), str(folder / "config.json"))

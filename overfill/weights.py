@@ -34,20 +34,27 @@ class WeightsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {path: self._open(path) for path in _weight_files(folder)}
-        self._home = {name: file for file in self._files.values() for name in file.keys()}
+        self._home: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in _weight_files(folder):
+            with _open(path) as file:
+                for name in file.keys():
+                    self._home[name] = path
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def names(self) -> set[str]:
         """Names of all stored tensors."""
         return set(self._home)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header."""
-        return tuple(self._home[name].get_slice(name).get_shape())
+        """Shape of a tensor, from its file's header."""
+        return self._shapes[name]
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in its stored dtype."""
-        return self._home[name].get_tensor(name)
+        # Opened anew, because pages of an open file count as this process's memory once they were read.
+        with _open(self._home[name]) as file:
+            return file.get_tensor(name)
 
     def digest(self, names: Iterable[str]) -> str:
         """sha256 over the named tensors' names, dtypes, shapes and bytes; independent of how files are sharded."""
@@ -60,15 +67,6 @@ class WeightsFolder:
         # hashlib releases the interpreter lock; two threads keep memory at two tensors.
         with ThreadPoolExecutor(max_workers=2) as pool:
             return hashlib.sha256("".join(pool.map(line, sorted(names))).encode()).hexdigest()
-
-    @staticmethod
-    def _open(path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt", device="cpu")
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: missing, though the folder's index names it; copy the folder again") from error
-        except SafetensorError as error:
-            raise UserError(f"{path}: torn or not a safetensors file ({error}); copy the folder again") from error
 
 
 def check_weights(source: WeightsFolder, wanted: Mapping[str, Parameter]) -> None:
@@ -123,6 +121,15 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing, though the folder's index names it; copy the folder again") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: torn or not a safetensors file ({error}); copy the folder again") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
