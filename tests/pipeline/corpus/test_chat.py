@@ -8,10 +8,10 @@ from pipeline.corpus.rows import RowError
 from pipeline.corpus.tokenizer import as_transformers, character_tokenizer, save_tokenizer, train_byte_level_bpe
 
 TWO_TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "one?"},
+    {"role": "system", "content": "be brief."},
+    {"role": "user", "content": "one."},
     {"role": "assistant", "content": "1"},
-    {"role": "user", "content": "two?"},
+    {"role": "user", "content": "two."},
     {"role": "assistant", "content": "2"},
 ]
 LLAMA_LIKE = (
@@ -28,8 +28,8 @@ def tokenizer():
 def test_every_assistant_turn_is_a_sample_with_all_before_it_as_prompt(tokenizer):
     (samples,) = ChatEncoder(tokenizer, max_length=200).encode([TWO_TURNS])
     assert [tokenizer.decode(sample.prompt) for sample in samples] == [
-        "<user>Be brief.<user>one?<assistant>",
-        "<user>Be brief.<user>one?<assistant>1<end><user>two?<assistant>",
+        "<user>be brief.<user>one.<assistant>",
+        "<user>be brief.<user>one.<assistant>1<end><user>two.<assistant>",
     ]
     assert [tokenizer.decode(sample.response) for sample in samples] == ["1<end>", "2<end>"]
     assert [sample.reference for sample in samples] == ["1", "2"]
@@ -61,7 +61,7 @@ def test_the_end_of_turn_is_what_the_template_writes_not_the_eos(tokenizer):
     other = as_transformers(character_tokenizer())
     other.add_special_tokens({"eos_token": "<|endoftext|>"})
     assert other.decode([end_of_turn_token(other)]) == "<end>"
-    other.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    other.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     assert end_of_turn_token(other) == other.eos_token_id
     assert tokenizer.decode([end_of_turn_token(tokenizer)]) == "<end>"
 

@@ -16,25 +16,29 @@ from pipeline.corpus.tokenizer import (
     train_byte_level_bpe,
 )
 
-TEXTS = [f"Alice has {i} apples and gives {i % 7} to Bob; naïve “quotes” – ok? {i * 37}" for i in range(300)]
+NAMES, THINGS = ("Alice", "Bob", "Chloé", "Dmitri"), ("apples", "violins", "umbrellas", "bicycles", "parrots")
+TEXTS = [
+    f"{NAMES[i % 4]} has {i} {THINGS[i % 5]} and gives {i % 7} of them to {NAMES[i % 3]}; naïve “quotes” – how many remain?"
+    for i in range(300)
+]
 
 
 def test_characters_are_one_token_each_and_come_back():
     tokenizer = as_transformers(character_tokenizer())
-    text = "get b: a=kx  B!\n~"
+    text = "get b: a=kx  0 + 9, z-a."
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text)
     assert tokenizer.decode(ids) == text
-    assert tokenizer("é")["input_ids"] == [tokenizer.unk_token_id]
-    assert len(tokenizer) == 101
+    assert tokenizer("É")["input_ids"] == [tokenizer.unk_token_id]
+    assert len(tokenizer) == 48
 
 
 def test_byte_level_bpe_loses_nothing_even_on_text_it_never_saw():
-    tokenizer = as_transformers(train_byte_level_bpe(TEXTS, 400))
-    assert len(tokenizer) == 400
+    tokenizer = as_transformers(train_byte_level_bpe(TEXTS, 350))
+    assert len(tokenizer) == 350
     for text in [*TEXTS[:5], "日本語 🙂", " two  spaces\n\n\ttab "]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer(TEXTS[0])["input_ids"]) < len(TEXTS[0]) / 3
+    assert len(tokenizer(TEXTS[1])["input_ids"]) < len(TEXTS[1]) / 3
 
 
 @pytest.mark.parametrize("make", [character_tokenizer, lambda: train_byte_level_bpe(TEXTS, 300)])
@@ -51,11 +55,10 @@ def test_a_saved_folder_loads_with_its_special_tokens_and_template(make, tmp_pat
 def test_training_twice_gives_the_same_bytes_in_another_process(tmp_path):
     program = (
         "import sys; from pathlib import Path; from pipeline.corpus.tokenizer import *;"
-        "texts = [f'Alice has {i} apples and gives {i % 7} to Bob {i * 37}' for i in range(300)];"
-        "save_tokenizer(train_byte_level_bpe(texts, 350), Path(sys.argv[1]))"
+        "save_tokenizer(train_byte_level_bpe(sys.argv[2:], 350), Path(sys.argv[1]))"
     )
     for name in ("a", "b"):
-        subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=True)
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / name), *TEXTS], check=True)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
