@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.report import KEEP_QUALITY, Duel, Group, Report
@@ -68,7 +69,23 @@ def print_report(report: Report, console: Console) -> None:
 
 def to_json(report: Report) -> str:
     """A list with one object per cell; what is not a finite number is null."""
-    return json.dumps([_finite(row) for row in report.rows], indent=2, allow_nan=False)
+    return rows_to_json(report.rows)
+
+
+def rows_to_json(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A list of objects; what is not a finite number is null."""
+    return json.dumps([_finite(dict(row)) for row in rows], indent=2, allow_nan=False)
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Write report.md, report.json and the figures; returns the files."""
+    from pipeline.plots import write_plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"report.md": markdown(report), "report.json": to_json(report) + "\n"}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [*(folder / name for name in texts), *write_plots(report.groups, folder)]
 
 
 def sentences(report: Report) -> list[str]:

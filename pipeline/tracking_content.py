@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 CELL_STAGE = "distill"
 """The stage whose curve is the cell's own."""
-TEXT_LIMIT = 5000
-"""MLflow refuses longer tags."""
+TEXT_LIMIT = 7500
+"""MLflow cuts tags at 8,000 characters."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def curve_values(curve: Curve, logged: Mapping[str, int], prefix: str = "") -> l
     """The values of a curve behind what is `logged` (metric -> highest step that the run has), by rising step."""
     return [
         Value(prefix + name, value, point.step, point.time)
-        for step in sorted(curve.points)
-        for name, value in (point := curve.points[step]).metrics.items()
+        for _, point in sorted(curve.points.items())
+        for name, value in point.metrics.items()
         if point.step > logged.get(prefix + name, -1)
     ]
 
@@ -147,12 +147,3 @@ def final_values(view: CellView, row: Row) -> list[Value]:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def artifact_places(view: CellView, digests: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """Where the cell's artifacts lie, with the digests of their files: large files stay in the store."""
-    return {
-        stage.name: {"identity": stage.identity, "folder": str(stage.folder), "sha256": dict(digests[stage.identity])}
-        for stage in view.stages
-        if stage.identity in digests
-    }
