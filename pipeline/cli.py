@@ -101,8 +101,8 @@ def ui(
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
 ) -> None:
     """Open the MLflow UI on the store's runs."""
+    from pipeline.commands import serve_ui
     from pipeline.experiment import open_store
-    from pipeline.tracking import serve_ui
 
     _exit(serve_ui(open_store(store), host, port))
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import socket
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from overfill.errors import UserError
 from pipeline.experiment import (
     DEFAULT_STORE,
     Experiment,
@@ -67,3 +72,26 @@ def _print_places(store: Store, plots: list[Path], console: Console) -> None:
         console.print(f"{plot.stem} plot: {plot}", highlight=False, soft_wrap=True)
     default = store.root == Path(DEFAULT_STORE).absolute()
     console.print(f"MLflow: overfill ui{'' if default else f' --store {shlex.quote(str(store.root))}'}", highlight=False)
+
+
+def serve_ui(store: Store, host: str, port: int) -> int:
+    """Run the MLflow server on the store's database until it is interrupted; its exit code.
+
+    Raises UserError when the port is taken or when there is nothing to show."""
+    from pipeline.tracking import mask_uri, tracking_uri, ui_command
+
+    if "MLFLOW_TRACKING_URI" in os.environ and tracking_uri(store.root).startswith("http"):
+        raise UserError(f"MLFLOW_TRACKING_URI = {mask_uri(tracking_uri(store.root))}: a server runs there; open it")
+    if not (store.root / "mlflow.db").is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise UserError(f"{store.root}: no runs to show; start some with `overfill run FILE`, or give --store")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror} on {host}; give another port with --port") from error
+    command, environment = ui_command(store.root, port, host)
+    Console(stderr=True).print(f"MLflow UI: http://{host}:{port} (Ctrl-C ends it)", highlight=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        return subprocess.run(command, env=os.environ | environment, check=False).returncode
+    return 0

@@ -134,7 +134,7 @@ def run_missing(
     with ExitStack() as stack:
         has = stack.enter_context(connected(address, folder))
         check_fits(experiment.config, has)
-        stack.enter_context(Tracker(experiment, store))
+        stack.enter_context(Tracker(store, experiment.config, experiment.cells))
         stack.enter_context(Progress(store, experiment.cells, console))
         from pipeline.tune import run_cells  # imports ray.tune: only when there is something to run
 
