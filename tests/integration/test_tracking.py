@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,36 @@ from synthetic_store import SyntheticStore, outcomes, toy_cells
 
 from pipeline.build import Build
 from pipeline.sweep import Cell
-from pipeline.tracking import Tracker, mask_uri, tracking_uri
+from pipeline.tracking import MlflowServer, Tracker, mask_uri, tracking_uri
 
 pytestmark = pytest.mark.integration
 
 
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: making one runs all of MLflow's migrations, which takes seconds."""
+    root = tmp_path_factory.mktemp("mlflow")
+    MlflowServer(f"sqlite:///{root}/empty.db", root)
+    with sqlite3.connect(root / "empty.db") as connection:
+        connection.execute("DELETE FROM experiments")
+    return root / "empty.db"
+
+
 @pytest.fixture
-def synthetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SyntheticStore:
+def with_figures(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> SyntheticStore:
+    """A store with a migrated database in it."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
+    (tmp_path / "runs").mkdir()
+    shutil.copy(database, tmp_path / "runs" / "mlflow.db")
     return SyntheticStore(tmp_path / "runs")
+
+
+@pytest.fixture
+def synthetic(with_figures: SyntheticStore, monkeypatch: pytest.MonkeyPatch) -> SyntheticStore:
+    """The same for tests that look at runs only: figures take most of a flush."""
+    monkeypatch.setattr("pipeline.plots.write_plots", lambda groups, folder: [])
+    return with_figures
 
 
 def tracker(synthetic: SyntheticStore, cells: list[Cell], **settings: Any) -> Tracker:
@@ -46,7 +68,8 @@ def steps(synthetic: SyntheticStore, run: Any, metric: str) -> list[int]:
     return sorted(point.step for point in client.get_metric_history(run.info.run_id, metric))
 
 
-def test_a_finished_sweep_has_a_parent_and_a_complete_child_per_cell(synthetic: SyntheticStore) -> None:
+def test_a_finished_sweep_has_a_parent_and_a_complete_child_per_cell(with_figures: SyntheticStore) -> None:
+    synthetic = with_figures
     cells = toy_cells(methods=("full", "overfill", "pruned"))
     teacher = cells[0].stage("teacher")
     assert teacher is not None
