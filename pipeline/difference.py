@@ -31,14 +31,14 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[Diff
     """Fields that differ between two full descriptions (`Stage.full_description`), nearest first.
 
     An input that several stages share differs once: it is reported at its shortest path."""
-    found: dict[tuple[str, str, str, str], Difference] = {}
+    found: dict[tuple[str, str, str], Difference] = {}
     mine, theirs = dict(_leaves(here)), dict(_leaves(there))
     for path in sorted(mine.keys() | theirs.keys(), key=lambda path: (path.count(".inputs."), len(path), path)):
         a, b = theirs.get(path, _ABSENT), mine.get(path, _ABSENT)
         if a != b:
-            owner, _, leaf = path.rpartition("inputs.")
-            source, _, leaf = leaf.partition(".") if owner else ("", "", path)
-            found.setdefault((source, leaf, a, b), Difference(path, a, b))
+            # `inputs.student.inputs.teacher.config.layers` and `inputs.teacher.config.layers` say the same.
+            innermost = path.rpartition("inputs.")[2]
+            found.setdefault((innermost, a, b), Difference(path, a, b))
     return tuple(found.values())
 
 

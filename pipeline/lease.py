@@ -41,7 +41,8 @@ BEAT = 5.0
 TTL = 90.0
 """Seconds without a moving heartbeat after which a lease is dead."""
 LEASE_FILE = "lease.json"
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+"""Errors of a rename that came too late: the number is taken, or its winner has cleared this contender away."""
 
 
 @dataclass(frozen=True)
@@ -188,15 +189,18 @@ def acquire(attempts: Path, after: int, beat: float = BEAT) -> Lease | None:
     owner = Owner.here()
     fresh = attempts / f".new-{owner.token}"
     fresh.mkdir(parents=True)
-    descriptor = os.open(fresh / LEASE_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        descriptor = os.open(fresh / LEASE_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileNotFoundError:
+        return None  # a winner has cleared it away
     _write(descriptor, owner, 0)
     folder = attempt_folder(attempts, after + 1)
     try:
         fresh.rename(folder)
     except OSError as error:
         os.close(descriptor)
-        shutil.rmtree(fresh, ignore_errors=True)  # the winner may be clearing it away at the same time
-        if error.errno in _TAKEN or isinstance(error, FileNotFoundError):
+        shutil.rmtree(fresh, ignore_errors=True)  # a winner may be clearing it away at the same time
+        if error.errno in _TAKEN:
             return None
         raise
     _clear_losers(attempts)

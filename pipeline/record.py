@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -174,7 +175,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # two hosts may well have the same pid
     with fresh.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

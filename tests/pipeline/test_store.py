@@ -1,0 +1,234 @@
+"""What the store says of what lies in it; nothing damaged is ever used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from store_toys import chain, toy
+
+from overfill.errors import UserError
+from pipeline.record import Record
+from pipeline.resume import Reuse, plan
+from pipeline.runner import RunContext, StageFailed, run_graph
+from pipeline.stage import External
+from pipeline.store import AlteredArtifact, Store, newest_checkpoint
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "runs")
+
+
+def test_the_layout_is_the_documented_one(store: Store):
+    stage = toy(label="llama", layers=2)
+    run_graph([stage], store)
+    folder = store.root / "teacher" / f"llama_{stage.identity}"
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()) == [
+        "attempts/0001/attempt.json",
+        "attempts/0001/lease.json",
+        "attempts/0001/log.txt",
+        "attempts/0001/outcome.json",
+        "identity.json",
+        "lease.json",
+        "payload/config.json",
+        "payload/read/inputs.json",
+        "payload/record.json",
+    ]
+    assert json.loads((folder / "identity.json").read_text())["description"]["config"] == {"layers": 2}
+
+
+def test_a_record_says_what_there_is_and_where_it_came_from(store: Store):
+    teacher, distill, _ = chain()
+    run_graph([distill], store, RunContext(resources={"distill": {"workers": 2}}))
+    record = store.record(distill)
+    assert record is not None
+    assert record.inputs == {"teacher": teacher.identity}
+    assert record.metrics == {"inputs": 1, "share": 0.5}
+    assert type(record.metrics["inputs"]) is int
+    assert set(record.files) == {"config.json", "read/inputs.json"}
+    assert record.bytes == sum(len((store.payload(distill) / name).read_bytes()) for name in record.files)
+    assert (record.stage, record.identity, record.attempt) == ("distill", distill.identity, 1)
+    assert record.resources == {"workers": 2}
+    assert record.libraries["pydantic"] and record.libraries["python"]
+    assert 0.0 < record.seconds <= record.seconds_all_attempts < 60.0
+    assert record.started <= record.finished
+    assert Record.model_validate_json(record.model_dump_json()) == record
+
+
+def test_an_artifact_is_found_by_identity_whatever_its_label(store: Store):
+    built = toy(label="first", layers=2)
+    run_graph([built], store)
+    same = toy(label="second", layers=2)
+    assert store.folder(same) == store.folder(built)
+    assert store.record(same) == store.record(same.identity) is not None
+    assert plan([same], store.gather([same])) == [Reuse(same, "its artifact is there")]
+
+
+def test_an_artifact_is_found_after_its_folder_was_renamed_or_copied_without_the_index(store: Store, tmp_path: Path):
+    stage = toy(layers=2)
+    run_graph([stage], store)
+    store.folder(stage).rename(store.root / "teacher" / f"better-name_{stage.identity}")
+    assert store.record(stage) is not None
+    shutil.copytree(store.root / "teacher", tmp_path / "copy" / "teacher")
+    assert Store(tmp_path / "copy").verify(stage) is not None
+
+
+def test_a_folder_that_was_deleted_is_missing_and_can_be_built_again(store: Store):
+    stage = toy(layers=2)
+    run_graph([stage], store)
+    shutil.rmtree(store.folder(stage))
+    assert store.status(stage).state == "missing"
+    run_graph([stage], store)
+    assert store.status(stage).state == "done"
+
+
+def test_an_empty_or_absent_store_knows_nothing(tmp_path: Path):
+    store = Store(tmp_path / "absent")
+    stage = toy()
+    assert store.record(stage) is None
+    assert store.verify(stage.identity) is None
+    assert store.nearest(stage) is None
+    assert (store.status(stage).state, store.status(stage).attempt) == ("missing", 0)
+    assert not store.root.exists()
+
+
+def shorten(payload: Path) -> None:
+    (payload / "config.json").write_text("{")
+
+
+def remove(payload: Path) -> None:
+    (payload / "read" / "inputs.json").unlink()
+
+
+def add(payload: Path) -> None:
+    (payload / "extra.bin").touch()
+
+
+def tear_record(payload: Path) -> None:
+    text = (payload / "record.json").read_text()
+    (payload / "record.json").write_text(text[: len(text) // 2])
+
+
+def remove_record(payload: Path) -> None:
+    (payload / "record.json").unlink()
+
+
+def link(payload: Path) -> None:
+    (payload / "config.json").rename(payload.parent / "elsewhere")
+    (payload / "config.json").symlink_to(payload.parent / "elsewhere")
+
+
+def claim_another_identity(payload: Path) -> None:
+    record = json.loads((payload / "record.json").read_text())
+    (payload / "record.json").write_text(json.dumps(record | {"identity": "0" * 12}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (shorten, "config.json has 1 bytes, its record says 13"),
+        (remove, "read/inputs.json is missing"),
+        (add, "extra.bin was added"),
+        (tear_record, "record.json is damaged"),
+        (remove_record, "record.json is missing"),
+        (link, "is a link"),
+        (claim_another_identity, "its record is that of teacher 000000000000"),
+    ],
+)
+def test_an_altered_artifact_is_named_with_the_way_out_and_never_used(
+    store: Store, damage: Callable[[Path], None], named: str
+):
+    teacher = toy("teacher", layers=2)
+    run_graph([teacher], store)
+    damage(store.payload(teacher))
+    with pytest.raises(AlteredArtifact) as raised:
+        store.record(teacher)
+    assert named in str(raised.value)
+    assert str(store.folder(teacher)) in str(raised.value)
+    assert "delete this folder and run again" in str(raised.value)
+    assert isinstance(raised.value, UserError)
+    assert store.status(teacher).state == "altered"
+    student = toy("distill", {"teacher": teacher})
+    with pytest.raises(AlteredArtifact):
+        run_graph([student], store)
+    assert not store.folder(student).exists()
+
+
+def test_a_changed_byte_is_found_by_a_full_verification(store: Store):
+    stage = toy(layers=2)
+    run_graph([stage], store)
+    (store.payload(stage) / "config.json").write_text('{"layers": 3}')
+    assert store.record(stage) is not None  # the size is the same
+    with pytest.raises(AlteredArtifact, match=r"config\.json has another SHA-256"):
+        store.verify(stage, full=True)
+
+
+def test_hidden_files_of_tools_do_not_alter_an_artifact(store: Store):
+    stage = toy(layers=2)
+    run_graph([stage], store)
+    (store.payload(stage) / ".nfs0001").touch()
+    assert store.record(stage) is not None
+
+
+def test_the_nearest_artifact_is_the_finished_one_of_the_same_stage_with_the_fewest_differences(store: Store):
+    run_graph([toy("distill", loss={"kv": 3.0, "kl": 0.5}, tokens=1, label="far")], store)
+    near = toy("distill", loss={"kv": 3.0, "kl": 1.0}, tokens=2, label="near")
+    run_graph([near], store)
+    run_graph([toy("teacher", loss={"kv": 0.0, "kl": 1.0}, tokens=2)], store)
+    unfinished = toy("distill", loss={"kv": 0.0, "kl": 1.0}, tokens=2, does="fail")
+    with pytest.raises(StageFailed):
+        run_graph([unfinished], store)
+    wanted = toy("distill", loss={"kv": 0.0, "kl": 1.0}, tokens=2)
+    nearest = store.nearest(wanted)
+    assert nearest is not None
+    assert nearest.artifact == f"distill/near_{near.identity}"
+    assert [str(difference) for difference in nearest.differences] == ["config.loss.kv: 3.0 there, 0.0 here"]
+
+
+def test_an_artifact_with_a_damaged_identity_file_is_skipped_in_the_comparison(store: Store):
+    stage = toy(layers=2)
+    run_graph([stage], store)
+    (store.folder(stage) / "identity.json").write_text("{")
+    assert store.nearest(toy(layers=3)) is None
+
+
+def test_only_facts_that_are_needed_are_gathered(store: Store):
+    teacher, distill, evaluate = chain()
+    assert set(store.gather([evaluate])) == {teacher.identity, distill.identity, evaluate.identity}
+    run_graph([distill], store)
+    assert set(store.gather([evaluate])) == {distill.identity, evaluate.identity}
+
+
+def test_a_finished_target_needs_its_ancestors_neither_present_nor_whole(store: Store):
+    teacher, distill, evaluate = chain()
+    run_graph([evaluate], store)
+    shutil.rmtree(store.folder(teacher))
+    shorten(store.payload(distill))
+    assert set(run_graph([evaluate], store)) == {evaluate.identity}
+
+
+def test_the_newest_checkpoint_is_the_highest_step_with_a_marker(tmp_path: Path):
+    for name in ("step-00000200-3f9a1c", "step-00001000-aaaaaa", "step-99999999999-bbbbbb", "other"):
+        (tmp_path / "steps" / name).mkdir(parents=True)
+        (tmp_path / "steps" / name / "complete.json").touch()
+    (tmp_path / "steps" / "step-00009000-cccccc").mkdir()
+    assert newest_checkpoint(tmp_path) == 99999999999
+    shutil.rmtree(tmp_path / "steps" / "step-99999999999-bbbbbb")
+    assert newest_checkpoint(tmp_path) == 1000
+    assert newest_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_relative_store_is_absolute_for_workers_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert Store("runs").root == tmp_path / "runs"
+
+
+def test_an_external_location_never_shows_in_an_identity_file(store: Store):
+    stage = toy("distill", {"model": External("model", "llama", "abc", "/secret/place")}, does="fail")
+    with pytest.raises(StageFailed):
+        run_graph([stage], store)
+    assert "/secret/place" not in (store.folder(stage) / "identity.json").read_text()
