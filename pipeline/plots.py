@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FIGURES = ("pareto", "quality")
+"""Names of the files."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """Okabe and Ito's palette, told apart also by colour-blind readers."""
 MARKERS = {"full": "*", "overfill": "o", "pruned": "s", "scratch": "^"}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.record import write_text
 from pipeline.report import KEEP_QUALITY, Duel, Group, Report
 from pipeline.statistics import Interval
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 METHOD_NAMES = {"full": "full model", "overfill": "OverFill", "pruned": "pruned only", "scratch": "from scratch"}
+REPORT_FILE, ROWS_FILE = "report.md", "report.json"
 NOTHING = "–"
 COLUMNS = ("ratio", "method", "parameters kept", "exact match", "perplexity", "TTFT", "TPOT", "speed-up")
 DUEL_COLUMNS = ("teacher", "ratio", "OverFill", "pruned only", "ratio of the two", "difference", "verdict")
@@ -78,14 +80,20 @@ def rows_to_json(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write report.md, report.json and the figures; returns the files."""
-    from pipeline.plots import write_plots
+    """Write report.md, report.json and the figures; returns the files.
+
+    Figures are not drawn again when the rows are those of the last time: report.json is written last."""
+    from pipeline.plots import FIGURES, write_plots
 
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {"report.md": markdown(report), "report.json": to_json(report) + "\n"}
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [*(folder / name for name in texts), *write_plots(report.groups, folder)]
+    text, rows = folder / REPORT_FILE, folder / ROWS_FILE
+    content = to_json(report) + "\n"
+    write_text(text, markdown(report))
+    figures = [path for name in FIGURES for path in sorted(folder.glob(f"{name}.*"))]
+    if not figures or not rows.is_file() or rows.read_text(encoding="utf-8") != content:
+        figures = write_plots(report.groups, folder)
+        write_text(rows, content)
+    return [text, rows, *figures]
 
 
 def sentences(report: Report) -> list[str]:

@@ -8,7 +8,6 @@ tag that is derived from a token in the file, so that even a run whose id was ne
 
 from __future__ import annotations
 
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -123,6 +122,11 @@ class Sweep:
     cells: Sequence[Cell]
     store: Store
     commit: str | None
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's own folder in the store."""
+        return self.store.root / "sweeps" / self.name
 
 
 class Sync:
@@ -316,9 +320,8 @@ class Sync:
         counts = {f"cells_{state}": str(now.counts[state]) for state in ("done", "failed", "stopped")}
         note = markdown(report)[:TEXT_LIMIT]
         self._send(server, parent.run, [], {}, {"mlflow.note.content": note, "cells": str(len(now.cells)), **counts})
-        with tempfile.TemporaryDirectory(prefix="overfill-report-") as folder:
-            files = write_report(report, Path(folder))
-            self._upload(server, parent.run, {f"report/{path.name}": path for path in files})
+        files = write_report(report, self._sweep.folder)
+        self._upload(server, parent.run, {f"report/{path.name}": path for path in files})
         self._reported = (time.monotonic(), done)
 
     # --- sending
