@@ -154,15 +154,19 @@ def resolve_widths(shape: ModelShape, prune: PruneConfig, where: str = "prune") 
     intermediate = _legal(
         prune.intermediate, shape.intermediate, quantum(shape.intermediate), f"{where}.intermediate"
     )
-    return _widths(shape, hidden, intermediate, prune.hidden, prune.intermediate)
+    asked_hidden, asked_intermediate = _share(prune.hidden, shape.hidden), _share(prune.intermediate, shape.intermediate)
+    return widths_of(shape, hidden, intermediate, asked_hidden, asked_intermediate)
 
 
-def _widths(shape: ModelShape, hidden: int, intermediate: int, asked_h: Width, asked_i: Width) -> PrunedWidths:
+def widths_of(
+    shape: ModelShape, hidden: int, intermediate: int, hidden_requested: float, intermediate_requested: float
+) -> PrunedWidths:
+    """Widths that were resolved before, with their shares; the requested ones as shares to remove."""
     return PrunedWidths(
         hidden=hidden,
         intermediate=intermediate,
-        hidden_requested=_share(asked_h, shape.hidden),
-        intermediate_requested=_share(asked_i, shape.intermediate),
+        hidden_requested=hidden_requested,
+        intermediate_requested=intermediate_requested,
         hidden_effective=1 - hidden / shape.hidden,
         intermediate_effective=1 - intermediate / shape.intermediate,
         ratio_effective=1 - shape.pruned(hidden, intermediate).parameters() / shape.parameters(),
