@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from overfill.checkpoint import load_full_model, load_student, read_manifest, save_student
-from overfill.config import LossConfig
-from overfill.distillation import DistillationModel, TeacherModel
+from overfill.distillation import TeacherModel
 from overfill.importance import ImportanceScores
 from overfill.surgery import random_student, read_config
-from pipeline.config import DistillConfig
+from pipeline.config_training import DistillConfig
 from pipeline.stage import StageRun
 from pipeline.stages.folders import model_folder
 from pipeline.training.deepspeed_config import DTYPES, EngineSettings
 from pipeline.training.distributed import Place, process_group
 from pipeline.training.engine import frozen_engine
 from pipeline.training.loop import FullModel, Objective
+from pipeline.training.resources import stage_resources
 from pipeline.training.session import Learner, run_training
-from pipeline.training.launch import stage_resources
 
 SCORES_FILE = "scores.safetensors"
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import TrainingConfig
+from pipeline.config_training import TrainingConfig
 from pipeline.training.deepspeed_config import DTYPES, EngineSettings, deepspeed_config
 from pipeline.training.quick_imports import UNUSED, without_modules
 
@@ -73,6 +73,7 @@ class StudentEngine:
             config=deepspeed_config(module, settings, clip=0.0 if self.plain else config.clip),
             dist_init_required=False,
         )
+        self.create_state(updates=0)
 
     @property
     def module(self) -> nn.Module:
@@ -110,9 +111,7 @@ class StudentEngine:
         return [(name, tensor) for name, tensor in self.module.named_parameters() if tensor.requires_grad]
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """The whole fp32 tensor of one of `KINDS`. A collective: every worker calls it, for the same parameter.
-
-        There are moments once a step was taken or `create_state` was called."""
+        """The whole fp32 tensor of one of `KINDS`. A collective: every worker calls it, for the same parameter."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.plain:
@@ -144,7 +143,9 @@ class StudentEngine:
                 safe_set_full_optimizer_state(parameter, value, kind)
 
     def create_state(self, updates: int) -> None:
-        """Make the moments that AdamW would make at its first step, as if it had taken `updates` steps."""
+        """Make moments of zeros, as AdamW itself does at its first step, but with `updates` steps counted.
+
+        DeepSpeed's accessors find the moments only if they are there when they are linked to the parameters."""
         adamw = self.engine.optimizer if self.plain else self.engine.optimizer.optimizer
         for tensor in self._optimized_tensors():
             adamw.state[tensor] = {

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from overfill.errors import UserError
 from pipeline.config import StageResources
 from pipeline.stage import StageRun
 from pipeline.training.backend import RendezvousConfig, Trainer
+from pipeline.training.resources import StopFile, stage_resources
 from pipeline.training.stream import CPUS_PER_TASK
 
 STOP_FILE = "stop"
@@ -37,16 +38,6 @@ RAY_TRAIN_ENVIRONMENT = {
     # Paths are absolute here, and a worker's folder is no place for results.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-
-
-@dataclass(frozen=True)
-class StopFile:
-    """`stop_requested` for workers on any machine: whether a file is there."""
-
-    path: Path
-
-    def __call__(self) -> bool:
-        return self.path.exists()
 
 
 def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: StageRun) -> dict[str, Any]:
@@ -81,11 +72,6 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
     with _forward_stop(run.stop_requested, stop.path):
         result = trainer.fit()
     return dict(result.return_value or {})
-
-
-def stage_resources(run: StageRun) -> StageResources:
-    """The resources of a stage, defaults where the experiment gives none."""
-    return StageResources.model_validate(run.resources or {})
 
 
 def worker_bundle(resources: StageResources) -> dict[str, float]:

@@ -20,7 +20,8 @@ import torch
 from overfill.batch import DUMMY_ROW, PromptResponseBatch
 from overfill.config import LossConfig
 from overfill.distillation import TeacherModel, TeacherPass, TrainingMethod
-from pipeline.config import StageResources, TrainingConfig
+from pipeline.config import StageResources
+from pipeline.config_training import TrainingConfig
 from pipeline.corpus.order import BatchOrder
 from pipeline.stage import StageRun
 from pipeline.training import state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.config import TrainingConfig
+from pipeline.config_training import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:

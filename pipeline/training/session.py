@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from overfill.distillation import DistillationModel
-from pipeline.config import StageResources, TrainingConfig
+from pipeline.config import StageResources
+from pipeline.config_training import TrainingConfig
 from pipeline.corpus.order import sequences_per_batch
 from pipeline.corpus.shards import TokenShards
 from pipeline.stage import StageRun

@@ -80,7 +80,7 @@ def read_step(plan: StreamPlan, step: int) -> StepRows:
     rows: list[list[Row | None]] = []
     for slots in samples:
         found = iter(shards.read(slots[slots != EMPTY_SLOT]))
-        rows.append([None if slot == EMPTY_SLOT else _ids(next(found)) for slot in slots])
+        rows.append([None if slot == EMPTY_SLOT else ids_of(next(found)) for slot in slots])
     return StepRows(step, samples, rows)
 
 
@@ -110,13 +110,14 @@ def _tables(plan: StreamPlan, first: int) -> Iterator[pa.Table]:
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=BYTES_IN_FLIGHT)
     steps = plan.steps - first
-    blocks = ray.data.range(steps, override_num_blocks=math.ceil(steps / plan.steps_per_block)).map_batches(
+    block_count = math.ceil(steps / plan.steps_per_block)
+    blocks = ray.data.range(steps, override_num_blocks=block_count).map_batches(
         _read_block,
         fn_args=(plan, first),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=CPUS_PER_TASK,
-        concurrency=TASKS_AT_ONCE,
+        compute=ray.data.TaskPoolStrategy(size=min(TASKS_AT_ONCE, block_count)),
     )
     yield from blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
@@ -166,12 +167,14 @@ def _arrays(column: pa.ChunkedArray) -> list[NDArray[np.int32]]:
     lists = column.combine_chunks()
     if isinstance(lists, pa.ChunkedArray):
         lists = pa.concat_arrays(lists.chunks)
-    values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
+    # A copy: torch wants arrays that it could write to, and Ray's shared memory is read-only.
+    values, offsets = lists.values.to_numpy().copy(), lists.offsets.to_numpy()
     return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
-def _ids(row: TokenRow) -> Row:
-    return (row.prompt, row.response)
+def ids_of(row: TokenRow) -> Row:
+    """A row's ids as arrays of their own."""
+    return (row.prompt.copy(), row.response.copy())
 
 
 @lru_cache(maxsize=2)

@@ -16,7 +16,7 @@ import torch
 from overfill.config import LossConfig
 from overfill.losses import cross_entropy
 from pipeline.corpus.shards import TokenShards
-from pipeline.training.stream import Row
+from pipeline.training.stream import Row, ids_of
 
 if TYPE_CHECKING:
     from pipeline.training.loop import Session
@@ -66,4 +66,4 @@ def held_out_rows(folder: Path, samples: int) -> list[Row]:
     shards = TokenShards.open(folder)
     chosen = np.arange(min(samples, len(shards)))
     longest_first = chosen[np.argsort(-shards.lengths[chosen], kind="stable")]
-    return [(row.prompt, row.response) for row in shards.read(longest_first)]
+    return [ids_of(row) for row in shards.read(longest_first)]
