@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 METHODS = ("full", "overfill", "pruned", "scratch")
+BENCHMARK = ("batch", "prompt", "output", "device")
+"""The conditions of a cell's latency."""
 KEEP_QUALITY = 0.95
 """A configuration is worth shipping when it keeps this share of the full model's exact match."""
 
@@ -91,7 +93,7 @@ def row(cell: Cell, store: Store) -> Row:
         "tokens_per_s": latency.get("tokens_per_s"),
         "peak_bytes": latency.get("peak_bytes"),
         "speed_up": _share(baseline.get("tpot_s"), latency.get("tpot_s")),
-        "benchmark": {name: latency[name] for name in ("batch", "prompt", "output") if name in latency},
+        "benchmark": {name: latency[name] for name in BENCHMARK if name in latency},
         "train_tokens": _train_tokens(cell, store),
         "state": "done" if all(store.record(leaf) for leaf in cell.leaves) else "unfinished",
         "store": str(store.folder(cell.leaves[0])),
@@ -241,8 +243,9 @@ def latency_row(cell: Cell, store: Store, system: str) -> dict[str, Any]:
     folder = payload_of(cell, store, "benchmark")
     if folder is None:
         return {}
-    measured = _read_json(folder / "latency.json")["rows"]
-    return next((entry for entry in measured if entry["system"] == system), {})
+    measured = _read_json(folder / "latency.json")
+    found = next((entry for entry in measured["rows"] if entry["system"] == system), None)
+    return {} if found is None else {**found, "device": measured["device"]}
 
 
 def _metrics(cell: Cell, store: Store, name: str) -> Mapping[str, Any]:

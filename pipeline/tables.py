@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.record import write_text
 from pipeline.report import KEEP_QUALITY, Duel, Group, Report
-from pipeline.statistics import Interval
+from pipeline.statistics import Comparison, Interval
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 METHOD_NAMES = {"full": "full model", "overfill": "OverFill", "pruned": "pruned only", "scratch": "from scratch"}
 REPORT_FILE, ROWS_FILE = "report.md", "report.json"
 NOTHING = "–"
-COLUMNS = ("ratio", "method", "parameters kept", "exact match", "perplexity", "TTFT", "TPOT", "speed-up")
-DUEL_COLUMNS = ("teacher", "ratio", "OverFill", "pruned only", "ratio of the two", "difference", "verdict")
+COLUMNS = ("ratio", "method", "kept", "exact match %", "perplexity", "TTFT", "TPOT", "speed-up")
+DUEL_COLUMNS = ("OverFill / pruned", "difference in points", "OverFill is", "p")
+LEFT = frozenset({"teacher", "method", "variant", "OverFill is"})
+"""Columns that read as words."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,6 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    left: frozenset[str] = frozenset({"method", "teacher", "verdict"})
-    """Columns that read as words."""
 
 
 def tables(report: Report) -> list[Table]:
@@ -59,12 +59,15 @@ def print_report(report: Report, console: Console) -> None:
     from rich.table import Table as RichTable
 
     for table in tables(report):
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
         for column in table.columns:
-            shown.add_column(column, justify="left" if column in table.left else "right", no_wrap=column != "verdict")
+            header = column.replace(" ", "\n", 1) if column == "exact match %" else column
+            shown.add_column(header, justify="left" if column in LEFT else "right", no_wrap=column != "variant")
         for row in table.rows:
             shown.add_row(*row)
+        console.print(table.title, style="bold", markup=False, highlight=False)
         console.print(shown)
+        console.print()
     for sentence in sentences(report):
         console.print(sentence, markup=False, highlight=False)
 
@@ -99,16 +102,30 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 def sentences(report: Report) -> list[str]:
     """What to ship per teacher, and how many cells are still missing."""
     lines = [_advice(teacher, group, kept) for teacher, (group, kept) in report.to_ship.items()]
+    lines += _conditions(report)
     missing = sum(row["state"] != "done" for row in report.rows)
     if missing:
         lines.append(f"{missing} of {len(report.rows)} cells are not done: `overfill status {report.name}` says why.")
     return lines
 
 
+def _conditions(report: Report) -> list[str]:
+    """What the numbers are: intervals, and where latency was measured."""
+    if all(row["exact_match"] is None and row["tpot_s"] is None for row in report.rows):
+        return []
+    measured = dict.fromkeys(
+        "batch {batch}, prompt {prompt}, output {output} on {device}".format(**row["benchmark"])
+        for row in report.rows
+        if row["benchmark"]
+    )
+    latency = f" TTFT and TPOT are medians at {'; '.join(measured)}." if measured else ""
+    return [f"kept: share of the full model's parameters; ± and [ ]: 95 % intervals.{latency}"]
+
+
 def _advice(teacher: str, group: Group, kept: bool) -> str:
     what = f"{METHOD_NAMES[group.method]} at ratio {group.ratio:g}" + (f" ({group.variant})" if group.variant else "")
     speed, tpot = group.mean("speed_up"), group.mean("tpot_s")
-    numbers = f"exact match {_percent(group.exact_match)}, TPOT {_seconds(tpot)}, {_times(speed)} the full model's speed"
+    numbers = f"exact match {_percent(group.exact_match)} %, TPOT {_seconds(tpot)}, {_times(speed)} the full model's speed"
     if kept:
         return f"{teacher}: ship {what}, the fastest that keeps {KEEP_QUALITY:.0%} of the full model's exact match: {numbers}."
     return f"{teacher}: nothing keeps {KEEP_QUALITY:.0%} of the full model's exact match; the best is {what}: {numbers}."
@@ -119,7 +136,7 @@ def _teacher_table(teacher: str, found: Sequence[Group]) -> Table:
     columns = (*COLUMNS[:2], *(("variant",) if variants else ()), *COLUMNS[2:])
     rows = [_result_row(group, variants) for group in found]
     title = teacher + (f" (mean over {seeds} seeds)" if seeds > 1 else "")
-    return Table(title, columns, tuple(rows), frozenset({"method", "variant"}))
+    return Table(title, columns, tuple(rows))
 
 
 def _result_row(group: Group, variants: bool) -> tuple[str, ...]:
@@ -138,35 +155,33 @@ def _result_row(group: Group, variants: bool) -> tuple[str, ...]:
 
 
 def _duel_table(found: Sequence[Duel]) -> Table:
-    variants = any(duel.variant for duel in found)
-    columns = (*DUEL_COLUMNS[:2], *(("variant",) if variants else ()), *DUEL_COLUMNS[2:])
-    rows = tuple(_duel_row(duel, variants) for duel in found)
-    return Table("OverFill against pruned only, exact match", columns, rows, Table.left | {"variant"})
+    teachers, variants = len({duel.teacher for duel in found}) > 1, any(duel.variant for duel in found)
+    columns = (*(("teacher",) if teachers else ()), "ratio", *(("variant",) if variants else ()), *DUEL_COLUMNS)
+    rows = tuple(_duel_row(duel, teachers, variants) for duel in found)
+    return Table("OverFill against pruned only: exact match on the same samples", columns, rows)
 
 
-def _duel_row(duel: Duel, variants: bool) -> tuple[str, ...]:
+def _duel_row(duel: Duel, teachers: bool, variants: bool) -> tuple[str, ...]:
     result = duel.comparison
     return (
-        duel.teacher,
+        *((duel.teacher,) if teachers else ()),
         f"{duel.ratio:g}",
         *((duel.variant,) if variants else ()),
-        f"{result.first:.1%}",
-        f"{result.second:.1%}",
         NOTHING if result.ratio is None else f"{_times(result.ratio.value)} {_range(result.ratio, 2)}",
-        f"{100 * result.difference.value:+.1f} pp {_range(result.difference, 1, 100)}",
-        verdict(duel),
+        f"{100 * result.difference.value:+.1f} {_range(result.difference, 1, 100)}",
+        verdict(result),
+        _p_value(result.p_value),
     )
 
 
-def verdict(duel: Duel) -> str:
-    """`OverFill better`, `OverFill worse` or `within noise`, with McNemar's p-value where it holds."""
-    result = duel.comparison
-    word = "within noise" if result.within_noise else "OverFill better" if result.difference.low > 0 else "OverFill worse"
-    return word if result.p_value is None else f"{word} ({_p_value(result.p_value)})"
+def verdict(result: Comparison) -> str:
+    """`better`, `worse`, or `within noise` when the paired interval of the difference contains zero."""
+    return "within noise" if result.within_noise else "better" if result.difference.low > 0 else "worse"
 
 
-def _p_value(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+def _p_value(value: float | None) -> str:
+    """McNemar's; it does not hold over several seeds."""
+    return NOTHING if value is None else "< 0.001" if value < 0.001 else f"{value:.2g}"
 
 
 def _range(interval: Interval, digits: int, scale: float = 1.0) -> str:
@@ -174,7 +189,7 @@ def _range(interval: Interval, digits: int, scale: float = 1.0) -> str:
 
 
 def _percent(share: Interval | None) -> str:
-    return NOTHING if share is None else f"{100 * share.value:.1f} ± {100 * share.half_width:.1f} %"
+    return NOTHING if share is None else f"{100 * share.value:.1f} ± {100 * share.half_width:.1f}"
 
 
 def _seconds(value: float | None) -> str:
@@ -188,7 +203,7 @@ def _times(value: float | None) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    marks = [":---" if column in table.left else "---:" for column in table.columns]
+    marks = [":---" if column in LEFT else "---:" for column in table.columns]
     lines = [table.columns, marks, *table.rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

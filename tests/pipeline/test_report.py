@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from synthetic_store import SAMPLES, TPOT, SyntheticStore, outcomes, toy_cells
 
 from overfill.errors import UserError
 from overfill.shapes import ModelShape
 from pipeline.report import Group, front, make_report, rows
 from pipeline.statistics import Interval
-from pipeline.tables import markdown, tables, to_json
+from pipeline.tables import markdown, print_report, tables, to_json, write_report
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def test_a_row_has_the_values_of_its_own_system_and_of_the_models_on_disk(synthe
     assert [full["tpot_s"], overfill["tpot_s"], pruned["tpot_s"]] == [TPOT["full"], TPOT["overfill"], TPOT["student"]]
     assert overfill["speed_up"] == pytest.approx(4.0)
     assert full["speed_up"] == 1.0
-    assert overfill["benchmark"] == {"batch": 1, "prompt": 128, "output": 32}
+    assert overfill["benchmark"] == {"batch": 1, "prompt": 128, "output": 32, "device": "test"}
     assert overfill["exact_match"] == 0.6
     assert overfill["exact_match_interval"] == pytest.approx([0.5308, 0.6653], abs=1e-4)
     assert overfill["train_tokens"] == 1000
@@ -100,7 +102,7 @@ def test_overfill_is_compared_with_pruned_only_of_the_same_ratio(synthetic: Synt
     assert wide.comparison.ratio.value == pytest.approx(2.0)
 
     duel_table = tables(report)[-1]
-    assert [row[-1] for row in duel_table.rows] == ["within noise (p = 1)", "OverFill better (p < 0.001)"]
+    assert [row[-2:] for row in duel_table.rows] == [("within noise", "1"), ("better", "< 0.001")]
     text = markdown(report)
     assert "| 0.5 | OverFill |" in text
     assert "2.00x" in text
@@ -139,6 +141,7 @@ def test_the_fastest_configuration_that_keeps_the_quality_is_shipped(synthetic: 
     assert (group.method, kept) == ("overfill", True)
     assert "ship OverFill at ratio 0.5" in markdown(report)
     assert "4.00x the full model's speed" in markdown(report)
+    assert "TTFT and TPOT are medians at batch 1, prompt 128, output 32 on test." in markdown(report)
 
 
 def test_when_nothing_keeps_the_quality_the_report_says_so(synthetic: SyntheticStore) -> None:
@@ -154,6 +157,33 @@ def test_unfinished_cells_are_counted_in_words(synthetic: SyntheticStore) -> Non
     assert "1 of 2 cells are not done: `overfill status toy` says why." in markdown(
         make_report("toy", "", cells, synthetic.store)
     )
+
+
+def test_the_terminal_shows_every_number_within_eighty_columns(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes(150))
+    console = Console(width=80, file=io.StringIO())
+    print_report(make_report("toy", "", cells, synthetic.store), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for number in ("35.5%", "75.0 ± 6.0", "1.649", "41.0 ms", "1.00 ms", "4.00x", "1.00x [1.00, 1.00]", "within noise"):
+        assert number in shown
+    assert "…" not in shown
+
+
+def test_written_reports_are_drawn_again_only_for_other_rows(synthetic: SyntheticStore, tmp_path: Path) -> None:
+    cells = toy_cells()
+    synthetic.finish(cells[0])
+    first = write_report(make_report("toy", "", cells, synthetic.store), tmp_path)
+    assert {path.name for path in first} == {
+        *("report.md", "report.json", "pareto.png", "pareto.svg", "quality.png", "quality.svg")
+    }
+    drawn = (tmp_path / "pareto.svg").stat().st_mtime_ns
+    write_report(make_report("toy", "", cells, synthetic.store), tmp_path)
+    assert (tmp_path / "pareto.svg").stat().st_mtime_ns == drawn
+    synthetic.finish(cells[1])
+    write_report(make_report("toy", "", cells, synthetic.store), tmp_path)
+    assert (tmp_path / "pareto.svg").stat().st_mtime_ns > drawn
 
 
 def test_the_front_keeps_only_what_nothing_else_beats() -> None:
