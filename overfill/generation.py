@@ -184,10 +184,9 @@ def run_request(
     scores: tuple[Tensor, ...] | None = () if config.return_dict_in_generate and config.output_scores else None
     raw: tuple[Tensor, ...] | None = () if config.return_dict_in_generate and config.output_logits else None
     for length in range(prompt_width, prompt_width + request.max_new_tokens):
-        # fp32 and a copy of its own: processors may write into it.
-        step_logits = logits.to(torch.float32, copy=True)
-        raw = raw if raw is None else (*raw, step_logits.clone())
-        step_scores = request.processors(ids[:, :length], step_logits)
+        # What is returned is a copy: processors may write into their input.
+        raw = raw if raw is None else (*raw, logits.to(torch.float32, copy=True))
+        step_scores = request.processors(ids[:, :length], logits.float())
         scores = scores if scores is None else (*scores, step_scores)
         tokens = choose(step_scores, bool(config.do_sample), generator)
         if config._pad_token_tensor is not None:

@@ -98,6 +98,8 @@ class PrefixLayer(CacheLayerMixin):
             # Kept once: a recomputation under activation checkpointing must not replace the states of the first run,
             # which are those in the graph of the KV match.
             self.new_keys, self.new_values = key_states, value_states
+        if self.get_seq_length() == 0:
+            return key_states, value_states
         keys, values = self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 

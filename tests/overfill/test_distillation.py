@@ -99,7 +99,8 @@ def test_losses_of_a_student_alone_equal_plain_forwards(kind: str, method: Train
 
 @pytest.mark.parametrize("prompt_targets", [False, True])
 def test_pretraining_is_the_cross_entropy_of_a_plain_forward(prompt_targets: bool) -> None:
-    model, batch = student_model("llama"), PromptResponseBatch.collate(ROWS, 0)
+    dummy = ([5, 6, 7], [])  # a filled slot counts for nothing, its prompt included
+    model, batch = student_model("llama"), PromptResponseBatch.collate([*ROWS, dummy], 0)
     expected = 0.0
     for prompt, response in ROWS[:3]:
         tokens = torch.tensor([*prompt, *response])
