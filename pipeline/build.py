@@ -72,7 +72,7 @@ class Build:
             if facts.attempt:
                 _close_dead(attempt_folder(folder / "attempts", facts.attempt), facts)
             for leftover in folder.glob("staging-*"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)  # its writer may have only lost its lease, and still write
             build = cls(stage, folder, lease, folder / f"staging-{lease.folder.name}", resources, 0.0, 0.0)
             build.started, build.clock = time.time(), time.monotonic()
             content = {"started": build.started, "host": socket.gethostname(), "pid": os.getpid()}
@@ -109,7 +109,7 @@ class Build:
         try:
             self.staging.rename(self.folder / "payload")
         except OSError as error:
-            raise LeaseLost(f"{self.folder}: its payload was published or its staging folder removed meanwhile") from error
+            raise LeaseLost(f"{self.folder}: its payload was published or its staging removed meanwhile") from error
         sync(self.folder)
         self._end("done")
         shutil.rmtree(self.progress / CHECKPOINTS, ignore_errors=True)  # never needed again, and several payloads large
@@ -194,8 +194,15 @@ def _close_dead(attempt: Path, facts: Facts) -> None:
         log_file = attempt / LOG_FILE
         # Its log is the last trace of it: a lower bound of how long it ran.
         last = log_file.stat().st_mtime if log_file.exists() else begun
-        content = {"status": "interrupted", "error": facts.error, "log": str(log_file)}
-        write_json(attempt / OUTCOME_FILE, content | {"started": begun, "ended": last, "seconds": max(last - begun, 0.0)})
+        content = {
+            "status": "interrupted",
+            "error": facts.error,
+            "log": str(log_file),
+            "started": begun,
+            "ended": last,
+            "seconds": max(last - begun, 0.0),
+        }
+        write_json(attempt / OUTCOME_FILE, content)
 
 
 def _plain(resources: Any) -> Any:

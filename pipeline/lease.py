@@ -172,7 +172,7 @@ def newest_attempt(attempts: Path) -> int:
     """The highest attempt number; 0 when there is none."""
     try:
         return max((int(path.name) for path in attempts.iterdir() if path.name.isdecimal()), default=0)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
 
 

@@ -164,7 +164,7 @@ def read_json(path: Path) -> Any | None:
     """Content of a JSON file; None when it is not there. Raises ValueError when it is damaged."""
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

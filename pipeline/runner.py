@@ -91,7 +91,7 @@ def run_graph(
     """Build what is missing of the targets, and return their records by identity.
 
     `targets` are by default those of `stages` that no other is made from. Raises StageFailed (a function raised, here
-    or meanwhile in another process), StageStopped (by the scheduler), AlteredArtifact (a needed artifact is damaged)."""
+    or meanwhile in another process), StageStopped (by the scheduler) and AlteredArtifact (a needed one is damaged)."""
     context = context or RunContext()
     targets = sinks(stages) if targets is None else list(targets)
     told: set[tuple[str, str]] = set()
@@ -109,7 +109,7 @@ def run_graph(
         elif all(action.kind == "reuse" for action in actions):
             return {stage.identity: _finished(store, stage) for stage in targets}
         else:
-            _wait(context)
+            _wait(actions, context)
             explain = False
 
 
@@ -137,9 +137,10 @@ def _tell(actions: Sequence[Action], store: Store, context: RunContext, told: se
             context.on_wait(action.stage, action)
 
 
-def _wait(context: RunContext) -> None:
+def _wait(actions: Sequence[Action], context: RunContext) -> None:
     if context.stop_requested():
-        raise Stopped("stopped while it waited for another process")
+        waiting = next(action for action in actions if action.kind == "wait")
+        raise StageStopped(waiting.stage, f"while it waited: {waiting.reason}")
     time.sleep(context.poll)
 
 
@@ -165,6 +166,7 @@ def _execute(
     finally:
         build.release()
     if record is not None:
+        log.info("%s is done after %.1f s", stage, record.seconds)
         told.add((stage.identity, "reuse"))
         context.on_done(stage, record)
 

@@ -140,7 +140,7 @@ class StageRun:
     stage: Stage
     """The description it makes come true."""
     inputs: dict[str, Path]
-    """Input name -> payload folder of that stage, or location of that external reference (left out where it has none)."""
+    """Input name -> payload folder of that stage, or location of that external reference, if it has one."""
     staging: Path
     """An empty folder: the payload is written here and published as a whole."""
     progress: Path

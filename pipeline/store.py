@@ -3,8 +3,8 @@
     <store>/<stage>/<label>_<identity>/
         identity.json            what the stage is, its inputs spelled out
         lease.json               -> the newest attempt's (a link for people)
-        attempts/0001/           lease.json, attempt.json, log.txt, outcome.json; the number is the lease (pipeline.lease)
-        progress/                outlives attempts: metrics.jsonl, steps/step-00000200-3f9a1c/complete.json, stopped.json
+        attempts/0001/           lease.json, attempt.json, log.txt, outcome.json; see pipeline.lease
+        progress/                outlives attempts: metrics.jsonl, stopped.json, steps/ (pipeline.training.checkpoints)
         staging-0001/            a payload being written; renamed as a whole to
         payload/                 the artifact, which exists if and only if payload/record.json does
     <store>/.claims/<identity>   -> that folder, so that two processes with different labels use the same one
@@ -71,9 +71,11 @@ class Status:
 
 
 class Store:
-    """Artifacts under one folder, which need not exist yet."""
+    """Artifacts under one folder, which need not exist yet. Raises UserError for a URL."""
 
     def __init__(self, root: Path | str, ttl: float = TTL) -> None:
+        if "://" in str(root):
+            raise UserError(f"store = {root}: a store is a folder that every node sees, not a URL; mount it")
         self.root = Path(root).expanduser().absolute()
         """Absolute, since workers run in other folders."""
         self._ttl = ttl
@@ -86,7 +88,7 @@ class Store:
         claimed = self.root / ".claims" / identity
         if claimed.is_symlink() and (folder := self.root / claimed.readlink()).is_dir():
             return folder
-        found = [path for path in self._folders(name) if path.name.rpartition("_")[2] == identity]
+        found = [path for path in self._entries(name) if path.name.rpartition("_")[2] == identity and path.is_dir()]
         found.sort(key=lambda path: (not (path / "payload" / RECORD_FILE).exists(), path.name))
         return found[0] if found else None
 
@@ -103,7 +105,18 @@ class Store:
         return self.folder(stage) / "progress"
 
     def create(self, stage: Stage) -> Path:
-        """The folder of a stage, made if need be; every process gets the same one."""
+        """The folder of a stage, made if need be; every process gets the same one.
+
+        Raises UserError when the store cannot be written."""
+        try:
+            return self._create(stage)
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise UserError(
+                f"store = {self.root}: cannot be written ({error.strerror}: {error.filename}); "
+                "choose another place with --store or $OVERFILL_STORE"
+            ) from error
+
+    def _create(self, stage: Stage) -> Path:
         folder = self.find(stage.identity, stage.name)
         if folder is None:
             claim = self.root / ".claims" / stage.identity
@@ -119,10 +132,10 @@ class Store:
             write_json(folder / IDENTITY_FILE, content)
         return folder
 
-    def _folders(self, name: str = "*") -> Iterator[Path]:
+    def _entries(self, name: str = "*") -> Iterator[Path]:
         for parent in sorted(self.root.glob(name)):
             if not parent.name.startswith(".") and parent.is_dir():
-                yield from (path for path in sorted(parent.iterdir()) if path.is_dir())
+                yield from sorted(parent.iterdir())
 
     # --- artifacts
 
@@ -165,7 +178,7 @@ class Store:
         """The finished artifact of the same stage that differs in the fewest fields, or None without any."""
         wanted = stage.full_description
         best: tuple[int, float, Nearest] | None = None
-        for folder in self._folders(stage.name):
+        for folder in self._entries(stage.name):
             record = folder / "payload" / RECORD_FILE
             if folder.name.endswith(stage.identity) or not record.exists():
                 continue
@@ -198,9 +211,9 @@ class Store:
         except AlteredArtifact as error:
             artifact, problem = "altered", str(error)
         last = attempt_folder(folder / "attempts", seen.attempt)
-        outcome: dict[str, Any] = (read_json(last / OUTCOME_FILE) if seen.attempt else None) or {}
+        outcome = _note(last / OUTCOME_FILE) if seen.attempt else {}
         died = not outcome and seen.state != "held" and seen.attempt > 0
-        stopped = read_json(folder / "progress" / STOPPED_FILE) or {}
+        stopped = _note(folder / "progress" / STOPPED_FILE)
         return Facts(
             artifact=artifact,
             problem=problem,
@@ -261,6 +274,15 @@ class Store:
             if below in ("running", "waiting"):
                 return "waiting", f"waits for: {source.name}"
         return "missing", "nothing yet"
+
+
+def _note(path: Path) -> dict[str, Any]:
+    """A small file about an attempt; empty when it is not there. A damaged one is no reason to stop: it is said."""
+    try:
+        return read_json(path) or {}
+    except ValueError as error:
+        log.warning("%s is damaged (%s) and is taken as not there", path, error)
+        return {}
 
 
 def _holder(seen: Sighting) -> str:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -125,7 +126,7 @@ def contend(root: str, rounds: str) -> None:
             if won is not None:
                 Path(root, str(turn), f"won-by-{number}").touch()
 
-    for child in [_forked(lambda n=n: contender(n)) for n in range(4)]:
+    for child in [_forked(partial(contender, number)) for number in range(4)]:
         os.waitpid(child, 0)
     print(json.dumps([len(list(Path(root, str(turn)).glob("won-by-*"))) for turn in range(int(rounds))]))
 
@@ -136,11 +137,12 @@ def die_at_every_line(root: str, stride: str) -> None:
     left = {"nothing": 0, "whole": 0}
     wrong: list[str] = []
     stage = toy(layers=2)
-    source_commit(), libraries()  # cached, for they take most of the time of such a small build
+    libraries()  # these two are cached, for they take most of the time of such a small build
+    source_commit()
     line = 1
     while True:
         store = Store(f"{root}/{line}")
-        child = _forked(lambda: run_and_die(stage, store, line))
+        child = _forked(partial(run_and_die, stage, store, line))
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
             break
         whole = store.verify(stage, full=True) is not None

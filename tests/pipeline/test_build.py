@@ -51,7 +51,7 @@ def outcome(build: Build) -> dict[str, object]:
 
 
 def test_a_process_killed_at_any_line_leaves_nothing_or_a_whole_artifact_and_the_next_one_finishes():
-    """The traced code is the store's, from taking the lease to releasing it: every fifth line of it, in a child each."""
+    """Every fifth line of the store's code, from taking the lease to releasing it, in a child each."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # what is tested is order, not the disk
     with tempfile.TemporaryDirectory(dir=memory) as root:
         command = [sys.executable, str(HERE / "store_toys.py"), "die_at_every_line", root, "5"]
@@ -94,7 +94,7 @@ def test_a_loser_that_wakes_up_just_before_the_rename_cannot_replace_what_was_pu
     (successor.staging / "weights").write_bytes(b"new")
     successor.publish({})
     successor.release()
-    with pytest.raises(LeaseLost, match="published or its staging folder removed meanwhile"):
+    with pytest.raises(LeaseLost, match="published or its staging removed meanwhile"):
         build.publish({})
     assert (store.payload(STAGE) / "weights").read_bytes() == b"new"
     assert store.verify(STAGE) is not None
@@ -197,7 +197,8 @@ def test_a_folder_that_is_deleted_under_a_running_attempt_ends_it_without_a_trac
 
 
 def test_metrics_are_plain_numbers_and_strings_or_named():
-    assert plain_metrics({"a": np.float32(0.5), "b": np.int64(3), "c": "x", "d": 1}) == {"a": 0.5, "b": 3, "c": "x", "d": 1}
+    given = {"a": np.float32(0.5), "b": np.int64(3), "c": "x", "d": 1}
+    assert plain_metrics(given) == {"a": 0.5, "b": 3, "c": "x", "d": 1}
     assert plain_metrics(None) == {}
     with pytest.raises(TypeError, match="metric 'bad' is a list"):
         plain_metrics({"bad": [1]})

@@ -93,7 +93,7 @@ def test_an_identity_is_the_same_in_another_process_and_through_pickle():
     [
         ({"config": {"loss": {"kv": float("nan")}}}, TypeError, r"config\.loss\.kv is nan"),
         ({"config": {"path": Path("/x")}}, TypeError, r"config\.path is a pathlib"),
-        ({"function": "pipeline.stages.distill.run"}, ValueError, "package.module:function"),
+        ({"function": "pipeline.stages.distill.run"}, ValueError, r"package\.module:function"),
         ({"name": "../escape"}, ValueError, "stage name"),
         ({"name": ""}, ValueError, "stage name"),
     ],
@@ -156,19 +156,24 @@ def test_lines_of_several_writers_do_not_mix(tmp_path: Path):
     import threading
 
     path = tmp_path / "lines"
-    writers = [threading.Thread(target=lambda n=n: [append_line(path, str(n) * 500) for _ in range(50)]) for n in "abcd"]
+
+    def write(letter: str) -> None:
+        for _ in range(50):
+            append_line(path, letter * 500)
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
     lines = path.read_text().splitlines()
     assert len(lines) == 200
-    assert {line for line in lines} == {n * 500 for n in "abcd"}
+    assert set(lines) == {letter * 500 for letter in "abcd"}
 
 
 def test_a_function_is_found_by_name_and_its_absence_is_said():
     assert resolve("pipeline.stage:resolve") is resolve
-    with pytest.raises(ImportError, match="module pipeline.stage has no function nothing"):
+    with pytest.raises(ImportError, match=r"module pipeline\.stage has no function nothing"):
         resolve("pipeline.stage:nothing")
     with pytest.raises(ImportError):
         resolve("pipeline.absent:run")

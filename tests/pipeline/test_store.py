@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import pytest
 from store_toys import chain, toy
 
 from overfill.errors import UserError
+from pipeline.build import Build
+from pipeline.lease import Sighting
 from pipeline.record import Record
-from pipeline.resume import Reuse, plan
+from pipeline.resume import Facts, Reuse, plan
 from pipeline.runner import RunContext, StageFailed, run_graph
 from pipeline.stage import External
 from pipeline.store import AlteredArtifact, Store, newest_checkpoint
@@ -232,3 +236,66 @@ def test_an_external_location_never_shows_in_an_identity_file(store: Store):
     with pytest.raises(StageFailed):
         run_graph([stage], store)
     assert "/secret/place" not in (store.folder(stage) / "identity.json").read_text()
+
+
+def test_a_builder_that_publishes_between_two_looks_is_never_taken_for_one_that_left_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """`facts` must look at the lease before the record: the other way round, this publication falls into the gap."""
+    stage = toy(layers=2)
+    build = Build.begin(store, stage, Facts())
+    assert build is not None
+    look = store.sighting
+
+    def publish_and_look(folder: Path) -> Sighting:
+        build.publish({})
+        build.release()
+        return look(folder)
+
+    monkeypatch.setattr(store, "sighting", publish_and_look)
+    facts = store.facts(stage)
+    assert (facts.lease, facts.artifact) == ("free", "ok")
+
+
+def test_a_silent_builder_on_another_host_is_running_with_a_remark(store: Store):
+    stage = toy(layers=2)
+    build = Build.begin(store, stage, Facts(), beat=3600.0)
+    assert build is not None
+    lease = build.lease.folder / "lease.json"
+    lease.write_text(lease.read_text().replace(build.lease.owner.host, "elsewhere/1/2"))
+    os.utime(lease, (time.time() - 7200, time.time() - 7200))
+    status = store.status(stage)
+    assert (status.state, status.detail) == (
+        "running",
+        f"process {os.getpid()} on elsewhere (silent for 120 min), attempt 1",
+    )
+    build.release()
+
+
+def test_what_waits_for_a_running_input_is_waiting_however_far_upstream_it_is(store: Store):
+    teacher, distill, evaluate = chain()
+    assert store.status(evaluate).state == "missing"
+    build = Build.begin(store, teacher, Facts())
+    assert build is not None
+    assert [(store.status(stage).state, store.status(stage).detail) for stage in (distill, evaluate)] == [
+        ("waiting", "waits for: teacher"),
+        ("waiting", "waits for: distill"),
+    ]
+    build.release()
+
+
+def test_a_damaged_outcome_is_said_and_taken_as_not_there(store: Store, caplog: pytest.LogCaptureFixture):
+    stage = toy(does="fail")
+    with pytest.raises(StageFailed):
+        run_graph([stage], store)
+    (store.folder(stage) / "attempts" / "0001" / "outcome.json").write_text("{")
+    assert store.status(stage).state == "interrupted"
+    assert "outcome.json is damaged" in caplog.text
+
+
+def test_a_store_that_cannot_be_written_and_one_that_is_a_url_are_users_mistakes(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written .*--store or \$OVERFILL_STORE"):
+        run_graph([toy()], Store(tmp_path / "file"))
+    with pytest.raises(UserError, match="a store is a folder that every node sees"):
+        Store("s3://bucket/runs")
