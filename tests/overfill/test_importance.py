@@ -181,15 +181,18 @@ def test_scores_of_nothing_are_refused(llama: PreTrainedModel) -> None:
 
 
 def test_a_wrapped_model_is_called_through_its_wrapper(llama: PreTrainedModel) -> None:
-    calls: list[int] = []
+    calls: list[dict[str, Any]] = []
 
     def wrapper(**arguments: Any) -> Any:
-        calls.append(arguments["logits_to_keep"])
+        calls.append(arguments)
         return llama(**arguments)
 
-    scores = accumulate(llama, [batch_of([5], 6)], forward=wrapper).scores()
-    assert calls == [1]  # and the logits of one position only are computed
-    assert torch.equal(scores.hidden, accumulate(llama, [batch_of([5], 6)]).scores().hidden)
+    batch = batch_of([4, 2], 5, "left")
+    scores = accumulate(llama, [batch], forward=wrapper).scores()
+    assert torch.equal(scores.hidden, accumulate(llama, [batch]).scores().hidden)
+    assert len(calls) == 1 and calls[0]["logits_to_keep"] == 1
+    assert calls[0]["position_ids"].tolist() == [[0, 0, 1, 2, 3], [0, 0, 0, 0, 1]]  # as if there were no padding
+    assert calls[0]["past_key_values"].get_seq_length() == 0  # nothing was kept
 
 
 def scores_of(hidden: list[float], intermediate: list[list[float]]) -> ImportanceScores:
