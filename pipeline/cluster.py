@@ -22,6 +22,11 @@ from pipeline.machine import usable_cpus
 OBJECT_STORE_BYTES = 512 * 2**20
 """Ray's shared memory on a laptop: token blocks are small, and models travel through files."""
 
+QUIET_LOGGERS = (
+    "ray._private.authentication.authentication_token_setup",  # that a cluster of our own uses a token
+    "ray.tune",  # that there are no result files, which we switch off
+)
+
 # Settings of Ray that are read from the environment, here and in every process that Ray starts.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -60,6 +65,8 @@ def connected(address: str | None, log_folder: Path) -> Iterator[Capacity]:
     import ray
 
     logging.getLogger("ray").setLevel(logging.WARNING)
+    for noisy in QUIET_LOGGERS:
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     _start(address or os.environ.get("RAY_ADDRESS") or "local")
     try:
         (log_folder / "ray.txt").write_text(f"{ray.get_runtime_context().gcs_address}\n", encoding="utf-8")

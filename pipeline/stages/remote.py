@@ -43,6 +43,7 @@ def run_on_worker(work: Callable[[StageRun], Metrics], run: StageRun, *, exclusi
         num_cpus=max(1.0, float(int(capacity().node_cpus))) if whole_node else resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
         max_retries=resources.max_failures,
+        scheduling_strategy="DEFAULT",  # anywhere: by default a task stays in its trial's sliver of the head node
         name=run.stage.name,
     )
     reference = task.remote(work, dataclasses.replace(run, stop_requested=_never))
