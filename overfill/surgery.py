@@ -57,7 +57,7 @@ def prune(
     with torch.no_grad():
         for name, target in student.named_parameters():
             target.copy_(cut(source[name], wanted[name], kept))
-    student.generation_config = full.generation_config
+    student.generation_config = copy.deepcopy(full.generation_config)
     return student.eval(), kept
 
 

@@ -142,10 +142,11 @@ def test_the_digest_ignores_sharding_and_stored_tied_heads(
 
 
 def test_given_weights_replace_the_modules_own(pair: Pair, tmp_path: Path) -> None:
-    gathered = {name: tensor + 1 for name, tensor in pair.student.state_dict().items()}
+    gathered = {name: (tensor + 1).bfloat16() for name, tensor in pair.student.state_dict().items()}
     save_student(pair.student, tmp_path / "trained", pair.manifest, state_dict=gathered)
     loaded = load_student(tmp_path / "trained")
     assert all(torch.equal(tensor, gathered[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.dtype is torch.bfloat16 and pair.student.config.dtype is torch.float32
 
 
 def test_weights_of_another_shape_than_the_manifest_are_not_saved(pair: Pair, tmp_path: Path) -> None:

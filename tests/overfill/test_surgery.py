@@ -112,6 +112,12 @@ def test_nothing_pruned_is_bit_identical(any_model: PreTrainedModel) -> None:
         assert torch.equal(student(TOKENS).logits, any_model(TOKENS).logits)
 
 
+def test_a_student_generates_with_the_settings_of_its_full_model(llama: PreTrainedModel) -> None:
+    llama.generation_config.eos_token_id = [2, 7]  # as chat models have it, beside the config's single one
+    student, _ = prune(llama, random_scores(llama.config), widths(llama.config))
+    assert student.generation_config.eos_token_id == [2, 7]
+
+
 def test_pruning_leaves_the_full_model_alone(llama: PreTrainedModel) -> None:
     before = {name: weight.clone() for name, weight in llama.state_dict().items()}
     config = llama.config.to_dict()
