@@ -94,7 +94,7 @@ def random_student(
     """
     checked_shape(full_config.to_dict(), full_config.name_or_path or "config")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which reseeds every GPU as well
         return AutoModelForCausalLM.from_config(student_config(full_config, widths), dtype=dtype).eval()
 
 
