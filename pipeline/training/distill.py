@@ -11,9 +11,11 @@ from overfill.checkpoint import load_full_model, load_student, read_manifest, sa
 from overfill.distillation import TeacherModel
 from overfill.importance import ImportanceScores
 from overfill.surgery import random_student, read_config
+from pipeline.config import StageResources
 from pipeline.config_training import DistillConfig
 from pipeline.stage import StageRun
 from pipeline.stages.folders import model_folder
+from pipeline.training.calibrate import SCORES_FILE
 from pipeline.training.deepspeed_config import DTYPES, EngineSettings
 from pipeline.training.distributed import Place, process_group
 from pipeline.training.engine import frozen_engine
@@ -21,27 +23,29 @@ from pipeline.training.loop import FullModel, Objective
 from pipeline.training.resources import stage_resources
 from pipeline.training.session import Learner, run_training
 
-SCORES_FILE = "scores.safetensors"
-
-
 def train_student(run: StageRun) -> dict[str, Any]:
     """Train the student of a `distill` stage."""
+    resources = stage_resources(run)
+    with process_group(resources.gpus_per_worker, resources.threads) as place:
+        return train_in(run, resources, place)
+
+
+def train_in(run: StageRun, resources: StageResources, place: Place) -> dict[str, Any]:
+    """As `train_student`, in a process group that is there."""
     settings = dict(run.config)
     seed = int(settings.pop("seed"))
     config = DistillConfig.model_validate(settings)
-    resources = stage_resources(run)
-    with process_group(resources.gpus_per_worker, resources.threads) as place:
-        student = _student(run, config, seed)
-        objective = _objective(run, config, place)
-        learner = Learner(
-            config=config,
-            seed=seed,
-            model=student,
-            objective=objective,
-            full=lambda settings: _full_model(run, config, objective, settings, place),
-            save=lambda weights: _save(run, config, student, weights),
-        )
-        return run_training(run, learner, resources, place)
+    student = _student(run, config, seed)
+    objective = _objective(run, config, place)
+    learner = Learner(
+        config=config,
+        seed=seed,
+        model=student,
+        objective=objective,
+        full=lambda settings: _full_model(run, config, objective, settings, place),
+        save=lambda weights: _save(run, config, student, weights),
+    )
+    return run_training(run, learner, resources, place)
 
 
 def _student(run: StageRun, config: DistillConfig, seed: int) -> PreTrainedModel:
