@@ -35,7 +35,7 @@ from pipeline.record import (
 )
 from pipeline.resume import Facts, Outcome
 from pipeline.stage import Stage
-from pipeline.store import ATTEMPT_FILE, CHECKPOINTS, LOG_FILE, OUTCOME_FILE, STOPPED_FILE, Store
+from pipeline.store import ATTEMPT_FILE, LOG_FILE, OUTCOME_FILE, STOPPED_FILE, Store
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,9 @@ class Build:
             raise LeaseLost(f"{self.folder}: its payload was published or its staging removed meanwhile") from error
         sync(self.folder)
         self._end("done")
-        shutil.rmtree(self.progress / CHECKPOINTS, ignore_errors=True)  # never needed again, and several payloads large
+        for folder in self.progress.iterdir():
+            if folder.is_dir():  # step checkpoints: never needed again, and several payloads large
+                shutil.rmtree(folder, ignore_errors=True)
         return record
 
     def _record(self, metrics: Mapping[str, Any] | None) -> Record:

@@ -4,7 +4,8 @@
         identity.json            what the stage is, its inputs spelled out
         lease.json               -> the newest attempt's (a link for people)
         attempts/0001/           lease.json, attempt.json, log.txt, outcome.json; see pipeline.lease
-        progress/                outlives attempts: metrics.jsonl, stopped.json, steps/ (pipeline.training.checkpoints)
+        progress/                outlives attempts: metrics.jsonl, stopped.json, and until it is finished, in folders,
+                                 what a resume needs: <identity>/step-00000200-3f9a1c/ (pipeline.training.checkpoints)
         staging-0001/            a payload being written; renamed as a whole to
         payload/                 the artifact, which exists if and only if payload/record.json does
     <store>/.claims/<identity>   -> that folder, so that two processes with different labels use the same one
@@ -40,7 +41,7 @@ _STEP = re.compile(r"step-(\d+)")
 State = Literal["done", "running", "failed", "waiting", "stopped", "interrupted", "altered", "missing"]
 
 IDENTITY_FILE, OUTCOME_FILE, ATTEMPT_FILE, LOG_FILE = "identity.json", "outcome.json", "attempt.json", "log.txt"
-STOPPED_FILE, CHECKPOINTS = "stopped.json", "steps"
+STOPPED_FILE = "stopped.json"
 
 
 class AlteredArtifact(UserError):
@@ -295,5 +296,5 @@ def newest_checkpoint(progress: Path) -> int | None:
     """Highest step of the step checkpoints (`pipeline.training.checkpoints`) whose marker is there; None without one.
 
     Whether the files behind the marker are whole is for the training loop to see, which reads them."""
-    steps = (_STEP.match(marker.parent.name) for marker in progress.glob(f"{CHECKPOINTS}/*/complete.json"))
+    steps = (_STEP.match(marker.parent.name) for marker in progress.glob("*/*/complete.json"))
     return max((int(step[1]) for step in steps if step), default=None)

@@ -19,7 +19,7 @@ from pipeline import lease
 from pipeline.record import libraries, source_commit
 from pipeline.runner import RunContext, run_graph
 from pipeline.stage import Stage, StageRun, Stopped, append_line
-from pipeline.store import Store
+from pipeline.store import AlteredArtifact, Store
 
 
 def toy(
@@ -62,11 +62,11 @@ def slow(run: StageRun) -> dict[str, float | int]:
 
 def steps(run: StageRun) -> dict[str, int]:
     """Ten steps with a step checkpoint after each; can be asked to stop, and can be killed at a step."""
-    found = run.progress.glob("steps/*/complete.json")
+    found = run.progress.glob("*/*/complete.json")
     first = max((int(marker.parent.name.split("-")[1]) for marker in found), default=0)
     for step in range(first + 1, 11):
         run.log_metrics(step, 10, {"train/loss": 1.0 / step}, tokens=step * 16)
-        folder = run.progress / "steps" / f"step-{step:08d}-abcdef"
+        folder = run.progress / run.stage.identity / f"step-{step:08d}-abcdef"
         folder.mkdir(parents=True)
         (folder / "complete.json").write_text("{}")
         if run.stop_requested():
@@ -145,7 +145,11 @@ def die_at_every_line(root: str, stride: str) -> None:
         child = _forked(partial(run_and_die, stage, store, line))
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
             break
-        whole = store.verify(stage, full=True) is not None
+        try:
+            whole = store.verify(stage, full=True) is not None
+        except AlteredArtifact as error:
+            wrong.append(f"line {line}: {error}")
+            break
         left["whole" if whole else "nothing"] += 1
         if whole != (store.payload(stage).exists()):
             wrong.append(f"line {line}: a payload without a record")
