@@ -108,6 +108,24 @@ def ui(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A student folder; its full model stands in its manifest.")],
+    prompt: Annotated[str, typer.Argument(help="The text to answer.")],
+    full: Annotated[str | None, typer.Option(help="Where the full model lies, if it has moved.")] = None,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the tokenizer's chat template.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the most probable tokens of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+) -> None:
+    """Answer a prompt with a two-stage model, streaming to the terminal."""
+    from pipeline.answer import answer
+
+    answer(model, prompt, full, chat, max_new_tokens, temperature, top_p, seed, device)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of experiment files, for editors."""
     from pipeline.config_io import schema as experiment_schema
