@@ -7,7 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfill.batch import DUMMY_ROW, PromptResponseBatch
@@ -26,6 +26,7 @@ def test_prompts_are_padded_left_and_responses_right() -> None:
     assert batch.response_positions.tolist() == [[3, 4, 5], [1, 2, 3]]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(PROMPT, RESPONSE), min_size=1, max_size=5), st.integers(0, 3))
 def test_real_tokens_of_a_row_are_its_tokens_at_positions_from_zero(
     rows: list[tuple[list[int], list[int]]], pad_id: int
