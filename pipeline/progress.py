@@ -48,13 +48,14 @@ class Progress:
     def __init__(self, store: Store, cells: Sequence[Cell], console: Console | None = None) -> None:
         self._watch = Watch(store, cells)
         self._console = console or Console(stderr=True)
-        self._end = threading.Event()
+        self._looked, self._end = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._before: Snapshot | None = None
         self._spoken = time.monotonic()
 
     def __enter__(self) -> Progress:
         self._thread.start()
+        self._looked.wait(timeout=10)  # what is there now is not news
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -70,6 +71,8 @@ class Progress:
                 self._loop(None)
         except Exception:  # a display that breaks must not take the run with it
             log.warning("the progress display ended early; `overfill status` still works", exc_info=True)
+        finally:
+            self._looked.set()
 
     def _loop(self, live: Live | None) -> None:
         last = False
@@ -85,6 +88,7 @@ class Progress:
                 for line in quiet_lines(now):
                     self._console.print(line, soft_wrap=True)
             self._before = now
+            self._looked.set()
 
 
 def events(before: Snapshot | None, now: Snapshot) -> list[Text]:
@@ -222,7 +226,7 @@ def duration(seconds: float | None) -> str:
         return NOTHING
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s" if seconds >= 1 or whole == 0 else f"{seconds:.1f} s"
+        return f"{seconds:.1f} s" if 0.05 <= seconds < 0.95 else f"{whole} s"
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02d} min"
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h" if whole < 86400 else f"{seconds / 86400:.1f} d"

@@ -60,12 +60,11 @@ _SECRET = re.compile(r"(?i)([?&;][^=&;]*(?:password|passwd|secret|token|key|cred
 
 def mask_uri(uri: str) -> str:
     """The URI without user names, passwords, and secrets in its query: for logs, files and the screen."""
-    head, separator, rest = uri.partition("://")
-    if separator:
-        place, slash, path = rest.partition("/")
-        if "@" in rest and "@" not in place:  # an unescaped / in a password
-            place, slash, path = rest.rpartition("@")[0] + "@", "", rest.rpartition("@")[2]
-        uri = f"{head}://{'***@' + place.rpartition('@')[2] if '@' in place else place}{slash}{path}"
+    scheme, separator, rest = uri.partition("://")
+    place, mark, query = rest.partition("?")
+    # Up to the last @, since passwords hold unescaped @ and / often enough; a file's path has no user in front.
+    if "@" in place and not place.startswith("/"):
+        uri = f"{scheme}{separator}***@{place.rpartition('@')[2]}{mark}{query}"
     return _SECRET.sub(r"\1***", uri)
 
 

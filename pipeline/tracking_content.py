@@ -39,12 +39,14 @@ class Value:
 def wanted_status(view: CellView) -> RunStatus | None:
     """Where the cell's run should be; None as long as nothing of the cell's own has begun.
 
-    A cell that is between two stages, or waits for a stage that others share, keeps the status it has."""
+    A cell that is between two stages, or waits for a stage that others share, keeps the status it has; one that cannot
+    go on because a shared stage failed has failed too."""
     if view.state in ("done", "failed"):
         return "FINISHED" if view.state == "done" else "FAILED"
-    if view.state in ("stopped", "interrupted"):
-        return "KILLED"
-    return "RUNNING" if any(stage.state == "running" for stage in view.own) else None
+    states = {stage.state for stage in view.own}
+    if "running" in states:
+        return "RUNNING"
+    return "KILLED" if states & {"stopped", "interrupted"} else None
 
 
 def parent_status(snapshot: Snapshot) -> RunStatus:
@@ -53,6 +55,14 @@ def parent_status(snapshot: Snapshot) -> RunStatus:
     if all(state == "done" for state in states):
         return "FINISHED"
     return "FAILED" if "failed" in states else "KILLED"
+
+
+def end_time(view: CellView) -> float | None:
+    """When the cell came to where it is, in seconds since the epoch; None where the store does not know."""
+    finished = [stage.finished for stage in view.stages if stage.finished is not None]
+    if view.state == "done":
+        return max(finished, default=None)
+    return None if view.current is None or view.current.state == "running" else view.current.since
 
 
 def parameters(cell: Cell) -> dict[str, float | int | str]:
@@ -83,7 +93,7 @@ def parameters(cell: Cell) -> dict[str, float | int | str]:
 
 def tags(view: CellView, commit: str | None) -> dict[str, str]:
     """What runs are searched by."""
-    cell = view.cell
+    cell, failure = view.cell, (view.failure or "")[:TEXT_LIMIT]
     found = {
         "teacher": cell.teacher,
         "method": cell.method,
@@ -91,13 +101,19 @@ def tags(view: CellView, commit: str | None) -> dict[str, str]:
         "seed": "" if cell.seed is None else str(cell.seed),
         "identity": cell.identity,
         "state": view.state,
-        "failure": (view.failure or "")[:TEXT_LIMIT],
+        "failure": failure,
+        "mlflow.note.content": _note(view, failure),
         "mlflow.source.name": "overfill",
         "mlflow.source.type": "LOCAL",
     }
     if commit:
         found |= {"commit": commit, "mlflow.source.git.commit": commit.rstrip("+")}
     return found
+
+
+def _note(view: CellView, failure: str) -> str:
+    folders = "\n".join(f"- {stage.name}: `{stage.folder}`" for stage in view.stages if stage.state != "missing")
+    return f"**{view.cell.label}** ({view.state})\n\n{failure}\n\n{folders}"[:TEXT_LIMIT]
 
 
 def curve_values(curve: Curve, logged: Mapping[str, int], prefix: str = "") -> list[Value]:

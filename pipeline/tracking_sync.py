@@ -26,6 +26,7 @@ from pipeline.tracking_content import (
     RunStatus,
     Value,
     curve_values,
+    end_time,
     final_values,
     parameters,
     parent_status,
@@ -173,9 +174,9 @@ class Sync:
         self._push_shared_curves(server, parent.run, now)
         self._push_report(server, parent, now, final)
         if final:
-            ended = max((s.finished for s in now.stages.values() if s.finished is not None), default=now.time)
-            status = parent_status(now)
-            self._set_status(server, parent, status, ended if status == "FINISHED" else now.time)
+            self._upload(server, parent.run, {"experiment.yaml": self._sweep.yaml})
+            ends = [time for time in map(end_time, now.cells) if time is not None]
+            self._set_status(server, parent, parent_status(now), max(ends, default=now.time))
             parent.content = "" if self.problems else self._parent_content(now)
         self._save(self._ledger)
 
@@ -188,6 +189,8 @@ class Sync:
         if entry is not None and server.find(entry.run, "") is None:
             # Deleted on the server: the sweep begins anew there, for children cannot move to another parent.
             self._ledger.token, self._ledger.cells, entry = uuid.uuid4().hex, {}, None
+        if entry is None:
+            self._save(self._ledger)  # the token first: by it a run is found whose id never came back
         key = f"{self._ledger.token}/parent"
         described = {"sweep": self._sweep.name, "store": str(self._sweep.store.root), KEY_TAG: key}
         described |= {"mlflow.source.name": "overfill", "mlflow.source.type": "LOCAL"}
@@ -231,13 +234,15 @@ class Sync:
         known, curve = self._known[entry.run], self._watch.curve(_curve_stage(view))
         values = [] if curve is None else curve_values(curve, known.steps)
         files: dict[str, str | Path] = {}
+        if status != "RUNNING":
+            files["config.yaml"] = _config_yaml(view)  # again, in case it did not arrive at the start
         if status == "FINISHED":
-            finals, files = self._results(view)
+            finals, results = self._results(view)
+            files |= results
             values += [value for value in finals if value.step > known.steps.get(value.key, -1)]
         told = {name: value for name, value in parameters(view.cell).items() if name not in known.parameters}
         self._send(server, entry.run, values, told, self._cell_tags(view, status))
-        ended = max((stage.finished for stage in view.stages if stage.finished is not None), default=time.time())
-        self._set_status(server, entry, status, ended if status == "FINISHED" else time.time())
+        self._set_status(server, entry, status, end_time(view))
         arrived = self._upload(server, entry.run, files)
         entry.content = _content(view) if arrived and status != "RUNNING" else ""
         self._save(self._ledger)
@@ -263,9 +268,7 @@ class Sync:
         entry = entry if entry is not None and entry.run == run else Entry(run=run)
         self._ledger.cells[identity] = entry
         self._save(self._ledger)
-        from pipeline.config_io import dump_yaml  # yaml is needed only here
-
-        self._upload(server, run, {"config.yaml": dump_yaml(view.cell.config.model_dump(mode="json"))})
+        self._upload(server, run, {"config.yaml": _config_yaml(view)})
         return entry
 
     def _cell_tags(self, view: CellView, status: RunStatus) -> dict[str, str]:
@@ -331,7 +334,12 @@ class Sync:
         described = {name: text for name, text in described.items() if sent.get(name) != text}
         if not (values or told or described):
             return
-        server.send(run, values, told, described)
+        try:
+            server.send(run, values, told, described)
+        except BaseException:
+            del self._known[run]  # the answer may have been lost, not the message: the next look asks what arrived
+            self._tags.pop(run, None)
+            raise
         known = self._known[run]
         for value in values:
             known.steps[value.key] = max(value.step, known.steps.get(value.key, -1))
@@ -348,6 +356,12 @@ class Sync:
             self.problems.append(f"artifacts {', '.join(files)}: {error}")
             return False
         return True
+
+
+def _config_yaml(view: CellView) -> str:
+    from pipeline.config_io import dump_yaml  # yaml is needed only here
+
+    return dump_yaml(view.cell.config.model_dump(mode="json"))
 
 
 def _curve_stage(view: CellView) -> str:
