@@ -21,16 +21,13 @@ from pipeline.experiment import (
     run_missing,
     sweep_folder,
 )
-from pipeline.plots import write_plots
-from pipeline.record import write_text
-from pipeline.report import Report, make_report
+from pipeline.report import make_report
 from pipeline.store import Store
-from pipeline.tables import markdown, print_report, to_json
+from pipeline.tables import print_report, write_report
+from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:
     from pipeline.tune import Outcome
-
-REPORT_FILE, ROWS_FILE = "report.md", "report.json"
 
 
 def run_experiment(experiment: Experiment, store: Store, address: str | None, continue_stopped: bool) -> int:
@@ -40,31 +37,19 @@ def run_experiment(experiment: Experiment, store: Store, address: str | None, co
     outcomes: list[Outcome] = []
     if is_done(experiment, store):
         console.print(f"{experiment.name}: all {len(experiment.cells)} cells are done already", highlight=False)
+        with Tracker(store, experiment.config, experiment.cells):
+            pass  # a driver that was killed at its end may have left MLflow behind
     else:
         outcomes = run_missing(experiment, store, address, console, continue_stopped)
     report = make_report(experiment.name, experiment.config.description, experiment.cells, store)
-    plots = write_report(report, sweep_folder(store, experiment.name))
+    files = write_report(report, sweep_folder(store, experiment.name))
     print_report(report, Console())
-    _print_places(store, plots, console)
+    _print_places(store, [path for path in files if path.suffix == ".png"], console)
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:
         where = f" (log: {outcome.log})" if outcome.log else ""
         console.print(f"failed: {experiment.cells[outcome.cell].label}: {outcome.reason}{where}", style="red", markup=False)
     return 1 if failed else 0
-
-
-def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write the tables, the rows and the plots of a report beside its experiment; returns the plots.
-
-    Nothing is drawn again when the rows are those of the last time."""
-    rows = to_json(report) + "\n"
-    plots = sorted(folder.glob("*.png"))
-    if plots and (folder / ROWS_FILE).is_file() and (folder / ROWS_FILE).read_text(encoding="utf-8") == rows:
-        return plots
-    write_text(folder / REPORT_FILE, markdown(report))
-    written = write_plots(report.groups, folder)
-    write_text(folder / ROWS_FILE, rows)
-    return [path for path in written if path.suffix == ".png"]
 
 
 def _print_places(store: Store, plots: list[Path], console: Console) -> None:
