@@ -6,7 +6,8 @@ and what a reader makes of that:
 - the last line is half written: it is left for the next read, the cursor stays before it;
 - a writer was killed in the middle of a line and its successor appended behind the stump: the stump is dropped, the
   successor's line is recovered;
-- a resume goes back to its step checkpoint and emits steps again: the later line wins;
+- a step has several lines (training, then validation), and a resume goes back to its step checkpoint and emits steps
+  again: of every metric the later line wins;
 - the file is cut or replaced: reading starts again from its beginning.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,7 +43,7 @@ class Curve:
 
     path: Path
     points: dict[int, Point] = field(default_factory=dict)
-    """step -> its latest line."""
+    """step -> its lines merged."""
     last: Point | None = None
     """The line written last; after a resume its step may be lower than that of lines before it."""
     latest_metrics: dict[str, float] = field(default_factory=dict)
@@ -81,11 +82,13 @@ class Curve:
         self.last, self.unreadable, self._offset, self._inode = None, 0, 0, inode
 
     def _append(self, point: Point) -> None:
-        if self.last is not None and point.step <= self.last.step:
+        if self.last is not None and point.step < self.last.step:
             # A resume: seconds per step across the gap would say nothing about the speed.
             self._recent.clear()
-        self.points[point.step] = point
-        self.last = point
+        earlier = self.points.get(point.step)
+        if earlier is not None:
+            point = replace(point, metrics=earlier.metrics | point.metrics)
+        self.points[point.step] = self.last = point
         self.latest_metrics.update(point.metrics)
         self._recent = [*self._recent[-RATE_WINDOW:], point]
 

@@ -48,8 +48,8 @@ class Report:
     duels: list[Duel]
 
     @property
-    def to_ship(self) -> dict[str, tuple[Group, bool]]:
-        """Per teacher the configuration to ship, and whether it keeps the full model's quality."""
+    def to_ship(self) -> dict[str, Advice]:
+        """Per teacher the configuration to ship."""
         return to_ship(self.groups)
 
 
@@ -199,7 +199,9 @@ def correct_samples(cells: Iterable[Cell], store: Store) -> dict[str, dict[int, 
         folder = payload_of(cell, store, "evaluate")
         if folder is None or cell.identity in found:
             continue
-        table = parquet.read_table(folder / "samples.parquet", columns=["sample", "correct"]).to_pydict()
+        # Not read_table: that loads pyarrow.dataset, which loads pandas, which takes longer than everything else here.
+        with parquet.ParquetFile(folder / "samples.parquet") as file:
+            table = file.read(columns=["sample", "correct"]).to_pydict()
         found[cell.identity] = dict(zip(table["sample"], map(bool, table["correct"]), strict=True))
     return found
 
@@ -214,22 +216,44 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
-def to_ship(found: Sequence[Group]) -> dict[str, tuple[Group, bool]]:
-    """Per teacher the fastest group that keeps `KEEP_QUALITY` of the full model's exact match, else the most accurate.
+@dataclass(frozen=True)
+class Advice:
+    """Which student to ship for one full model."""
 
-    The flag says whether the quality is kept. Teachers without a measured full model and student are left out."""
-    chosen: dict[str, tuple[Group, bool]] = {}
+    best: Group
+    full: float
+    """Exact match of the full model."""
+    keeps_quality: bool
+    """Whether `best` keeps `KEEP_QUALITY` of it."""
+    is_faster: bool
+    """Whether `best` decodes faster than the full model; where it does not, no student does."""
+
+
+def to_ship(found: Sequence[Group]) -> dict[str, Advice]:
+    """Per teacher the fastest of the students that keep the full model's quality, else the most accurate one.
+
+    Only students that decode faster than the full model are considered, if there are any. Teachers are left out that
+    have no right answer themselves, and those without a measured student."""
+    chosen: dict[str, Advice] = {}
     for teacher in dict.fromkeys(group.teacher for group in found):
-        own = [group for group in found if group.teacher == teacher and group.exact_match is not None]
-        full = next((group.exact_match.value for group in own if group.method == "full" and group.exact_match), None)
-        students = [(group, group.mean("tpot_s"), group.exact_match) for group in own if group.method != "full"]
-        timed = [(group, tpot, share.value) for group, tpot, share in students if tpot is not None and share is not None]
-        if full is None or not timed:
+        own = [group for group in found if group.teacher == teacher]
+        full = next((group.exact_match.value for group in own if group.method == "full" and group.exact_match), 0.0)
+        students = [group for group in own if group.method != "full" and group.exact_match and group.mean("speed_up")]
+        if not full or not students:
             continue
-        kept = [entry for entry in timed if entry[2] >= KEEP_QUALITY * full]
-        best = min(kept, key=lambda entry: entry[1]) if kept else max(timed, key=lambda entry: entry[2])
-        chosen[teacher] = (best[0], bool(kept))
+        faster = [group for group in students if _speed(group) > 1.0]
+        keeping = [group for group in faster or students if _share_correct(group) >= KEEP_QUALITY * full]
+        best = max(keeping, key=_speed) if keeping else max(faster or students, key=_share_correct)
+        chosen[teacher] = Advice(best, full, bool(keeping), bool(faster))
     return chosen
+
+
+def _speed(group: Group) -> float:
+    return group.mean("speed_up") or 0.0
+
+
+def _share_correct(group: Group) -> float:
+    return 0.0 if group.exact_match is None else group.exact_match.value
 
 
 def payload_of(cell: Cell, store: Store, name: str) -> Path | None:

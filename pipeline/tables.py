@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.record import write_text
-from pipeline.report import KEEP_QUALITY, Duel, Group, Report
+from pipeline.report import KEEP_QUALITY, Advice, Duel, Group, Report
 from pipeline.statistics import Comparison, Interval
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
 def sentences(report: Report) -> list[str]:
     """What to ship per teacher, and how many cells are still missing."""
-    lines = [_advice(teacher, group, kept) for teacher, (group, kept) in report.to_ship.items()]
+    lines = [_advise(teacher, advice) for teacher, advice in report.to_ship.items()]
     lines += _conditions(report)
     missing = sum(row["state"] != "done" for row in report.rows)
     if missing:
@@ -118,17 +118,20 @@ def _conditions(report: Report) -> list[str]:
         for row in report.rows
         if row["benchmark"]
     )
-    latency = f" TTFT and TPOT are medians at {'; '.join(measured)}." if measured else ""
-    return [f"kept: share of the full model's parameters; ± and [ ]: 95 % intervals.{latency}"]
+    latency = f" TTFT and TPOT are medians at {'; '.join(measured)}; speed-up compares TPOT within one process."
+    return [f"kept: share of the full model's parameters; ± and [ ]: 95 % intervals.{latency if measured else ''}"]
 
 
-def _advice(teacher: str, group: Group, kept: bool) -> str:
-    what = f"{METHOD_NAMES[group.method]} at ratio {group.ratio:g}" + (f" ({group.variant})" if group.variant else "")
-    speed, tpot = group.mean("speed_up"), group.mean("tpot_s")
-    numbers = f"exact match {_percent(group.exact_match)} %, TPOT {_seconds(tpot)}, {_times(speed)} the full model's speed"
-    if kept:
-        return f"{teacher}: ship {what}, the fastest that keeps {KEEP_QUALITY:.0%} of the full model's exact match: {numbers}."
-    return f"{teacher}: nothing keeps {KEEP_QUALITY:.0%} of the full model's exact match; the best is {what}: {numbers}."
+def _advise(teacher: str, advice: Advice) -> str:
+    best, share = advice.best, f"{KEEP_QUALITY:.0%} of the full model's exact match"
+    what = f"{METHOD_NAMES[best.method]} at ratio {best.ratio:g}" + (f" ({best.variant})" if best.variant else "")
+    numbers = f"exact match {_percent(best.exact_match)} % against {100 * advice.full:.1f} %, TPOT "
+    numbers += f"{_seconds(best.mean('tpot_s'))}, {_times(best.mean('speed_up'))} the full model's speed"
+    if not advice.is_faster:
+        return f"{teacher}: ship the full model; no student decodes faster on this device (the nearest, {what}: {numbers})."
+    if advice.keeps_quality:
+        return f"{teacher}: ship {what}, the fastest that keeps {share}: {numbers}."
+    return f"{teacher}: nothing faster keeps {share}; the best is {what}: {numbers}."
 
 
 def _teacher_table(teacher: str, found: Sequence[Group]) -> Table:

@@ -77,6 +77,17 @@ def test_after_a_resume_the_later_line_of_a_step_wins_and_the_position_goes_back
     assert curve.seconds_per_step == 2.0
 
 
+def test_a_validation_line_adds_to_the_training_line_of_its_step(path: Path) -> None:
+    curve = Curve(path)
+    append(path, line(1, time=1.0) + line(2, loss=0.5, time=2.0))
+    validation = {"step": 2, "steps": 100, "tokens": 20, "time": 7.0, "metrics": {"validation/nll": 3.0}}
+    append(path, json.dumps(validation) + "\n" + line(3, time=8.0))
+    curve.update()
+    assert curve.points[2].metrics == {"train/loss": 0.5, "validation/nll": 3.0}
+    # The five seconds of the evaluation are nobody's training step.
+    assert curve.seconds_per_step == 1.0
+
+
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_cut_or_replaced_file_is_read_from_its_beginning(path: Path, replace: bool) -> None:
     curve = Curve(path)

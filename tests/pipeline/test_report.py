@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,18 +140,55 @@ def test_the_fastest_configuration_that_keeps_the_quality_is_shipped(synthetic: 
     for cell in cells:
         synthetic.finish(cell, outcomes({"full": 150, "overfill": 145, "pruned": 90}[cell.method]))
     report = make_report("toy", "", cells, synthetic.store)
-    group, kept = report.to_ship["small"]
-    assert (group.method, kept) == ("overfill", True)
+    advice = report.to_ship["small"]
+    assert (advice.best.method, advice.keeps_quality, advice.is_faster) == ("overfill", True, True)
     assert "ship OverFill at ratio 0.5" in markdown(report)
     assert "4.00x the full model's speed" in markdown(report)
-    assert "TTFT and TPOT are medians at batch 1, prompt 128, output 32 on test." in markdown(report)
+    assert "TTFT and TPOT are medians at batch 1, prompt 128, output 32 on test;" in markdown(report)
 
 
 def test_when_nothing_keeps_the_quality_the_report_says_so(synthetic: SyntheticStore) -> None:
     cells = toy_cells(methods=("full", "overfill", "pruned"))
     for cell in cells:
         synthetic.finish(cell, outcomes({"full": 190, "overfill": 100, "pruned": 90}[cell.method]))
-    assert "nothing keeps 95% of the full model's exact match" in markdown(make_report("t", "", cells, synthetic.store))
+    assert "nothing faster keeps 95% of the full model's exact match" in markdown(make_report("t", "", cells, synthetic.store))
+
+
+def test_a_student_that_is_slower_than_the_full_model_is_not_shipped(
+    synthetic: SyntheticStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TPOT, "full", 0.0005)
+    cells = toy_cells(methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes(150))
+    text = markdown(make_report("t", "", cells, synthetic.store))
+    assert "ship the full model; no student decodes faster" in text
+    assert "pruned only at ratio 0.5" in text
+
+
+def test_a_full_model_without_a_right_answer_is_no_measure_for_advice(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes(0))
+    assert make_report("t", "", cells, synthetic.store).to_ship == {}
+
+
+def test_a_report_does_not_load_pandas(synthetic: SyntheticStore) -> None:
+    cells = toy_cells()
+    for cell in cells:
+        synthetic.finish(cell)
+    code = """
+import sys
+from pathlib import Path
+from synthetic_store import Store, toy_cells
+from pipeline.report import make_report
+assert len(make_report("t", "", toy_cells(), Store(Path(sys.argv[1]))).duels) == 1
+print("pandas" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, str(synthetic.store.root)]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path})
+    assert done.stdout.strip() == "False"
 
 
 def test_unfinished_cells_are_counted_in_words(synthetic: SyntheticStore) -> None:
