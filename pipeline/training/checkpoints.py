@@ -19,7 +19,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,12 @@ class Position:
     """Optimizer steps taken, and the number of the next batch."""
     tokens: int
     """Corpus tokens read so far, over all workers."""
-    last_nll: float | None = None
-    """The latest held-out NLL."""
     best_nll: float | None = None
     """Lowest held-out NLL so far."""
     best_step: int | None = None
     """The step at which it was measured."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The latest value of every metric."""
 
 
 def new_name(step: int) -> str:

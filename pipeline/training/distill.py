@@ -15,22 +15,23 @@ from pipeline.config import StageResources
 from pipeline.config_training import DistillConfig
 from pipeline.stage import StageRun
 from pipeline.stages.folders import model_folder
+from pipeline.training.assemble import Learner, run_training
 from pipeline.training.calibrate import SCORES_FILE
 from pipeline.training.deepspeed_config import DTYPES, EngineSettings
 from pipeline.training.distributed import Place, process_group
 from pipeline.training.engine import frozen_engine
-from pipeline.training.loop import FullModel, Objective
+from pipeline.training.objective import FullModel, Objective
 from pipeline.training.resources import stage_resources
-from pipeline.training.session import Learner, run_training
+from pipeline.training.session import Services
 
 def train_student(run: StageRun) -> dict[str, Any]:
     """Train the student of a `distill` stage."""
     resources = stage_resources(run)
     with process_group(resources.gpus_per_worker, resources.threads) as place:
-        return train_in(run, resources, place)
+        return train_in(run, resources, place, Services())
 
 
-def train_in(run: StageRun, resources: StageResources, place: Place) -> dict[str, Any]:
+def train_in(run: StageRun, resources: StageResources, place: Place, services: Services) -> dict[str, Any]:
     """As `train_student`, in a process group that is there."""
     settings = dict(run.config)
     seed = int(settings.pop("seed"))
@@ -45,7 +46,7 @@ def train_in(run: StageRun, resources: StageResources, place: Place) -> dict[str
         full=lambda settings: _full_model(run, config, objective, settings, place),
         save=lambda weights: _save(run, config, student, weights),
     )
-    return run_training(run, learner, resources, place)
+    return run_training(run, learner, resources, place, services)
 
 
 def _student(run: StageRun, config: DistillConfig, seed: int) -> PreTrainedModel:
@@ -71,17 +72,12 @@ def _full_model(
     run: StageRun, config: DistillConfig, objective: Objective, settings: EngineSettings, place: Place
 ) -> FullModel | None:
     """The full model, if anything is learned from it."""
-    if not needs_full_model(objective):
+    if not objective.needs_full_model:
         return None
     full = load_full_model(model_folder(run.inputs["teacher"]), dtype=DTYPES[config.dtype])
     call, module = frozen_engine(TeacherModel(full), settings, place.device)
     assert isinstance(module, TeacherModel)
     return FullModel(call=call, module=module)
-
-
-def needs_full_model(objective: Objective) -> bool:
-    """Whether training reads the full model: its cache, its distribution, or its keys and values."""
-    return objective.method == "overfill" or objective.loss.kl > 0 or objective.loss.kv > 0
 
 
 def _save(run: StageRun, config: DistillConfig, student: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:

@@ -50,26 +50,42 @@ class Place:
 
 @contextmanager
 def process_group(gpus_per_worker: float, threads: int) -> Iterator[Place]:
-    """Join the workers' process group; leave it at the end. DeepSpeed wants one even for a single worker."""
+    """Join the process group of this Ray Train run; leave it at the end."""
     from ray import train
 
     context = train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(threads)
-    device = torch.device("cpu")
+    device, local_rank = torch.device("cpu"), context.get_local_rank()
     if gpus_per_worker:
         from ray.train.torch import get_device
 
         device = get_device()
         torch.cuda.set_device(device)
+        local_rank = device.index
+    place = Place(context.get_world_rank(), context.get_world_size(), device)
+    with joined(place, threads, local_rank, context.get_local_world_size()):
+        yield place
+
+
+@contextmanager
+def joined(
+    place: Place, threads: int, local_rank: int = 0, local_workers: int = 1, meeting_point: str = "env://"
+) -> Iterator[None]:
+    """Be in a process group, which DeepSpeed wants even for one worker; it reads its place from the environment."""
+    torch.set_num_threads(threads)
     os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(workers),
-        LOCAL_RANK=str(device.index if device.type == "cuda" else context.get_local_rank()),
-        LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.workers),
+        LOCAL_RANK=str(local_rank),
+        LOCAL_WORLD_SIZE=str(local_workers),
     )
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=workers, timeout=TIMEOUT)
+    dist.init_process_group(
+        "nccl" if place.device.type == "cuda" else "gloo",
+        init_method=meeting_point,
+        rank=place.rank,
+        world_size=place.workers,
+        timeout=TIMEOUT,
+    )
     try:
-        yield Place(rank, workers, device)
+        yield
     finally:
         dist.destroy_process_group()

@@ -73,7 +73,7 @@ class StudentEngine:
             config=deepspeed_config(module, settings, clip=0.0 if self.plain else config.clip),
             dist_init_required=False,
         )
-        self.create_state(updates=0)
+        self._create_state()
 
     @property
     def module(self) -> nn.Module:
@@ -142,17 +142,21 @@ class StudentEngine:
             else:
                 safe_set_full_optimizer_state(parameter, value, kind)
 
-    def create_state(self, updates: int) -> None:
-        """Make moments of zeros, as AdamW itself does at its first step, but with `updates` steps counted.
-
-        DeepSpeed's accessors find the moments only if they are there when they are linked to the parameters."""
-        adamw = self.engine.optimizer if self.plain else self.engine.optimizer.optimizer
+    def set_updates(self, updates: int) -> None:
+        """Make AdamW count as if it had taken `updates` steps, for its bias correction."""
         for tensor in self._optimized_tensors():
-            adamw.state[tensor] = {
-                "step": torch.tensor(float(updates)),
-                **{kind: torch.zeros_like(tensor, memory_format=torch.preserve_format) for kind in MOMENTS},
-            }
-        if not self.plain and hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._adamw.state[tensor]["step"].fill_(float(updates))
+
+    @property
+    def _adamw(self) -> torch.optim.AdamW:
+        return self.engine.optimizer if self.plain else self.engine.optimizer.optimizer
+
+    def _create_state(self) -> None:
+        """Make the moments that AdamW makes at its first step: DeepSpeed links them to parameters once, for `read`."""
+        for tensor in self._optimized_tensors():
+            moments = {kind: torch.zeros_like(tensor, memory_format=torch.preserve_format) for kind in MOMENTS}
+            self._adamw.state[tensor] = {"step": torch.tensor(0.0), **moments}
+        if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _optimized_tensors(self) -> list[Tensor]:

@@ -9,172 +9,74 @@ rank 0 to the run's metrics file; Ray Train hears of step checkpoints only, beca
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from overfill.batch import DUMMY_ROW, PromptResponseBatch
-from overfill.config import LossConfig
-from overfill.distillation import TeacherModel, TeacherPass, TrainingMethod
-from pipeline.config import StageResources
-from pipeline.config_training import TrainingConfig
-from pipeline.corpus.order import BatchOrder
-from pipeline.stage import StageRun
 from pipeline.training import state
+from pipeline.training.batches import collate
 from pipeline.training.checkpoints import Position
-from pipeline.training.distributed import Place
-from pipeline.training.engine import StudentEngine
 from pipeline.training.metrics import LossSums, Rate
 from pipeline.training.schedule import learning_rate
-from pipeline.training.stream import Row, StreamPlan, stream_steps
+from pipeline.training.session import Outcome, Session, steps_root
+from pipeline.training.stream import StepRows
 from pipeline.training.validation import validation_nll
-
-log = logging.getLogger(__name__)
 
 MOST_STEPS_BETWEEN_LINES = 10
 LINES_AT_LEAST = 50
 
-
-@dataclass(frozen=True)
-class Objective:
-    """What is learned."""
-
-    method: TrainingMethod
-    loss: LossConfig
-    prompt_targets: bool = False
-    kv_second_moment: torch.Tensor | None = None
-
-    def target_tokens(self, order: BatchOrder, step: int) -> int:
-        """Tokens of a global batch that the student is to predict."""
-        samples = order.batch(step)
-        responses = order.response_lengths[samples]
-        if self.method == "overfill":  # the first token of a response is the full model's
-            return max(1, int(np.maximum(responses - 1, 0).sum()))
-        prompts = order.prompt_lengths[samples]
-        extra = int(np.where(responses > 0, prompts - 1, 0).sum()) if self.prompt_targets else 0
-        return max(1, int(responses.sum()) + extra)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FullModel:
-    """The full model as the loop uses it: a call for a pass over a batch, and the module with its output head."""
+class Update:
+    """What one optimizer step did."""
 
-    call: Callable[[PromptResponseBatch], TeacherPass]
-    module: TeacherModel
-
-
-@dataclass(frozen=True)
-class Session:
-    """All that a worker's loop works with."""
-
-    run: StageRun
-    config: TrainingConfig
-    resources: StageResources
-    objective: Objective
-    plan: StreamPlan
-    engine: StudentEngine
-    full: FullModel | None
-    place: Place
-    pad_id: int
-    data: Path
-
-    @property
-    def steps_root(self) -> Path:
-        """Where step checkpoints lie."""
-        return steps_root(self.run)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a worker's loop ended."""
-
-    position: Position
-    stopped: bool
-    metrics: dict[str, float]
-    """The last values of the training and validation metrics."""
-
-
-def steps_root(run: StageRun) -> Path:
-    """Where a run's step checkpoints lie: Ray Train's folder of the run, outside of which it takes no checkpoint."""
-    return run.progress / run.stage.identity
+    grad_norm: float
+    """2-norm of the gradient, before clipping."""
+    learning_rate: float
 
 
 def train(session: Session, start: Position) -> Outcome:
     """Train from `start` to the last step, or until the run is asked to stop. A collective over all workers."""
-    steps, resources = session.plan.steps, session.resources
-    position, saved_at = start, start.step
-    sums, rate, last = LossSums(session.place), Rate(), dict[str, float]()
-    line_every = max(1, min(MOST_STEPS_BETWEEN_LINES, steps // LINES_AT_LEAST))
-    session.engine.train()
-    for rows in stream_steps(session.plan, start.step):
-        norm, rate_of_step = _optimize(session, rows.step, rows.rows, sums)
+    steps, position, saved = session.plan.steps, start, start.step
+    recorder = Recorder(session, start)
+    for rows in session.services.stream(session.plan, start.step):
+        recorder.data_arrived(first=rows.step == start.step)
+        update = optimize(session, rows, recorder.sums)
         tokens = session.plan.order().total_tokens(rows.step)
-        rate.add(tokens)
-        if rows.step == start.step:
-            log.info("first step done")
         position = replace(position, step=rows.step + 1, tokens=position.tokens + tokens)
-        done = position.step == steps
+        recorder.count(tokens)
+        last = position.step == steps
         stop = False
-        if position.step % line_every == 0 or done:
-            last |= _line(session, position, sums, rate, {"learning_rate": rate_of_step, "grad_norm": norm})
-            stop = session.place.from_first(session.run.stop_requested()) and not done
-        paused = rate.pause()
-        if done or _due(position.step, session.config.evaluate_every):
-            position = _validate(session, position)
-            last["validation/nll"] = position.last_nll if position.last_nll is not None else float("nan")
-        if done or stop or _due(position.step, resources.checkpoint_every):
-            if position.step != saved_at:
-                checkpoint(session, position)
-                saved_at = position.step
-        rate.resume(paused)
+        if last or _due(position.step, line_every(steps)):
+            recorder.write_line(position, update)
+            stop = not last and session.place.from_first(session.run.stop_requested())
+        with recorder.pause():
+            if last or _due(position.step, session.config.evaluate_every):
+                position = recorder.write_validation(position, validation_nll(session))
+            if last or stop or _due(position.step, session.resources.checkpoint_every):
+                position = replace(position, metrics=recorder.latest)
+                _checkpoint(session, position)
+                saved = position.step
         if stop:
-            return Outcome(position, stopped=True, metrics=last)
-    return Outcome(position, stopped=False, metrics=last)
+            break
+    if saved != position.step:
+        raise RuntimeError(f"training ended at step {position.step} without a checkpoint of it")
+    return Outcome(position, stopped=position.step < steps)
 
 
-def collate(rows: list[Row | None], pad_id: int, device: torch.device) -> PromptResponseBatch:
-    """A micro-batch on the device; empty slots become rows that count for nothing."""
-    return PromptResponseBatch.collate([DUMMY_ROW if row is None else row for row in rows], pad_id).to(device)
-
-
-def checkpoint(session: Session, position: Position) -> None:
-    """Write a step checkpoint and tell Ray Train of it. A collective."""
-    folder = state.save(
-        session.engine, session.steps_root, position, session.place, session.resources.keep_checkpoints
-    )
-    report(position, folder)
-
-
-def report(position: Position, folder: Path) -> None:
-    """Tell Ray Train of a checkpoint that is in its place already."""
-    from ray import train as ray_train
-    from ray.train import Checkpoint
-    from ray.train.v2.api.report_config import CheckpointUploadMode
-
-    ray_train.report(
-        {"step": position.step, "tokens": position.tokens},
-        checkpoint=Checkpoint(str(folder)),
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )
-
-
-def _optimize(
-    session: Session, step: int, micro_batches: list[list[Row | None]], sums: LossSums
-) -> tuple[float, float]:
-    """One optimizer step; returns the gradient's norm and the learning rate."""
+def optimize(session: Session, rows: StepRows, sums: LossSums) -> Update:
+    """One optimizer step over this worker's micro-batches."""
     engine, objective, full = session.engine, session.objective, session.full
-    tokens = objective.target_tokens(session.plan.order(), step)
-    rate = learning_rate(session.config, step, session.plan.steps)
+    tokens = objective.target_tokens(session.plan.order(), rows.step)
+    rate = learning_rate(session.config, rows.step, session.plan.steps)
     norm: float | None = None
-    for rows in micro_batches:
-        batch = collate(rows, session.pad_id, session.place.device)
+    for micro_batch in rows.rows:
+        batch = collate(micro_batch, session.place.device)
         with torch.no_grad():
             teacher = full.call(batch) if full is not None else None
-        terms: Any = engine(
+        terms = engine(
             batch,
             teacher,
             full.module.head if full is not None else None,
@@ -188,29 +90,64 @@ def _optimize(
         norm = engine.step(rate)
         sums.add(terms)
     if norm is None:
-        raise RuntimeError(f"step {step} ended without an update: the micro-batches do not match the engine's settings")
-    return norm, rate
+        raise RuntimeError(f"step {rows.step} ended without an update: its micro-batches do not match the engine's")
+    return Update(norm, rate)
 
 
-def _line(session: Session, position: Position, sums: LossSums, rate: Rate, values: dict[str, float]) -> dict[str, float]:
-    means = sums.means() | values | {"tokens_per_second": rate.read()}
-    metrics = {f"train/{name}": value for name, value in means.items()}
-    if session.place.first:
-        session.run.log_metrics(position.step, session.plan.steps, metrics, tokens=position.tokens)
-    return metrics
+def line_every(steps: int) -> int:
+    """Steps between two lines of training metrics: often enough for a curve of a short run."""
+    return max(1, min(MOST_STEPS_BETWEEN_LINES, steps // LINES_AT_LEAST))
 
 
-def _validate(session: Session, position: Position) -> Position:
-    nll = validation_nll(session)
-    if session.place.first:
-        session.run.log_metrics(position.step, session.plan.steps, {"validation/nll": nll}, tokens=position.tokens)
-    best = position.best_nll is None or nll < position.best_nll
-    return replace(
-        position,
-        last_nll=nll,
-        best_nll=nll if best else position.best_nll,
-        best_step=position.step if best else position.best_step,
-    )
+class Recorder:
+    """The metrics of a run: accumulated on every worker, written by rank 0."""
+
+    def __init__(self, session: Session, start: Position) -> None:
+        self.sums = LossSums(session.place)
+        self.latest = start.metrics
+        self._session = session
+        self._rate = Rate()
+
+    def data_arrived(self, first: bool) -> None:
+        """The first step's data is here: the start of the stream does not count as training."""
+        if first:
+            self._rate = Rate()
+
+    def count(self, tokens: int) -> None:
+        """Count a global batch's tokens."""
+        self._rate.add(tokens)
+
+    def pause(self) -> Rate:
+        """A context whose time does not count as training."""
+        return self._rate
+
+    def write_line(self, position: Position, update: Update) -> None:
+        """Training metrics since the last line. A collective."""
+        values = self.sums.means() | {
+            "learning_rate": update.learning_rate,
+            "grad_norm": update.grad_norm,
+            "tokens_per_second": self._rate.read(),
+        }
+        self._write(position, {f"train/{name}": value for name, value in values.items()})
+
+    def write_validation(self, position: Position, nll: float) -> Position:
+        """The held-out NLL; returns the position with the best so far."""
+        self._write(position, {"validation/nll": nll})
+        if position.best_nll is not None and position.best_nll <= nll:
+            return position
+        return replace(position, best_nll=nll, best_step=position.step)
+
+    def _write(self, position: Position, metrics: dict[str, float]) -> None:
+        self.latest = self.latest | metrics
+        if self._session.place.first:
+            self._session.run.log_metrics(position.step, self._session.plan.steps, metrics, tokens=position.tokens)
+
+
+def _checkpoint(session: Session, position: Position) -> None:
+    """Write a step checkpoint and tell Ray Train of it. A collective."""
+    root, keep = steps_root(session.run), session.resources.keep_checkpoints
+    folder = state.save(session.engine, root, position, session.place, keep)
+    session.services.report(position, folder)
 
 
 def _due(step: int, every: int) -> bool:

@@ -35,23 +35,23 @@ class LossSums:
 
 
 class Rate:
-    """Tokens per second since it was last asked."""
+    """Tokens per second since it was last asked. As a context manager it leaves out the time spent inside."""
 
     def __init__(self) -> None:
         self._tokens = 0
-        self._since = time.perf_counter()
+        self._since = self._paused = time.perf_counter()
 
     def add(self, tokens: int) -> None:
         """Count tokens."""
         self._tokens += tokens
 
-    def pause(self) -> float:
-        """A moment to hand to `resume`, before work that is not training."""
-        return time.perf_counter()
+    def __enter__(self) -> None:
+        """Begin a pause: work that is not training."""
+        self._paused = time.perf_counter()
 
-    def resume(self, paused: float) -> None:
-        """Leave out the time since `pause`."""
-        self._since += time.perf_counter() - paused
+    def __exit__(self, *error: object) -> None:
+        """End it: its time does not count."""
+        self._since += time.perf_counter() - self._paused
 
     def read(self) -> float:
         """Tokens per second; starts anew."""

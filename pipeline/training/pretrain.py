@@ -18,10 +18,11 @@ from pipeline.config import StageResources
 from pipeline.config_training import PretrainConfig
 from pipeline.stage import StageRun
 from pipeline.stages.folders import tokenizer_folder
+from pipeline.training.assemble import Learner, run_training
 from pipeline.training.distributed import Place, process_group
-from pipeline.training.loop import Objective
+from pipeline.training.objective import Objective
 from pipeline.training.resources import stage_resources
-from pipeline.training.session import Learner, run_training
+from pipeline.training.session import Services
 
 MAX_LENGTH = "max_length"
 """Field of the stage's config beside those of `PretrainConfig`: the longest sample in tokens."""
@@ -31,10 +32,10 @@ def train_teacher(run: StageRun) -> dict[str, Any]:
     """Train the teacher of a `teacher` stage."""
     resources = stage_resources(run)
     with process_group(resources.gpus_per_worker, resources.threads) as place:
-        return train_in(run, resources, place)
+        return train_in(run, resources, place, Services())
 
 
-def train_in(run: StageRun, resources: StageResources, place: Place) -> dict[str, Any]:
+def train_in(run: StageRun, resources: StageResources, place: Place, services: Services) -> dict[str, Any]:
     """As `train_teacher`, in a process group that is there."""
     config = PretrainConfig.model_validate({key: value for key, value in run.config.items() if key != MAX_LENGTH})
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder(run.inputs["tokenizer"]))
@@ -48,7 +49,7 @@ def train_in(run: StageRun, resources: StageResources, place: Place) -> dict[str
         full=lambda settings: None,
         save=lambda weights: save_teacher(model, weights, tokenizer_folder(run.inputs["tokenizer"]), run.staging / "model"),
     )
-    return run_training(run, learner, resources, place)
+    return run_training(run, learner, resources, place, services)
 
 
 def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, max_positions: int) -> PreTrainedModel:

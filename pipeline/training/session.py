@@ -1,145 +1,73 @@
-"""From a model and an objective to a trained model: plan, engine, resume, loop, result. The same for every kind of run."""
+"""All that a worker's training loop works with, as one value."""
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from overfill.distillation import DistillationModel
 from pipeline.config import StageResources
 from pipeline.config_training import TrainingConfig
-from pipeline.corpus.order import sequences_per_batch
-from pipeline.corpus.shards import TokenShards
 from pipeline.stage import StageRun
-from pipeline.training import checkpoints, state
 from pipeline.training.checkpoints import Position
-from pipeline.training.deepspeed_config import EngineSettings
 from pipeline.training.distributed import Place
-from pipeline.training.engine import StudentEngine, is_sharded, whole_parameter
-from pipeline.training.loop import FullModel, Objective, Outcome, Session, steps_root, train
-from pipeline.training.stream import StreamPlan
+from pipeline.training.engine import StudentEngine
+from pipeline.training.objective import FullModel, Objective
+from pipeline.training.stream import StepRows, StreamPlan, stream_steps
 
-PAD_ID = 0
-"""What stands in padding is never read, so any token does."""
 
-log = logging.getLogger(__name__)
+def report_to_ray(position: Position, folder: Path) -> None:
+    """Tell Ray Train of a checkpoint that is in its place already. A barrier over all workers."""
+    from ray import train
+    from ray.train import Checkpoint
+    from ray.train.v2.api.report_config import CheckpointUploadMode
+
+    train.report(
+        {"step": position.step, "tokens": position.tokens},
+        checkpoint=Checkpoint(str(folder)),
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
 
 
 @dataclass(frozen=True)
-class Learner:
-    """What a kind of training run brings along."""
+class Services:
+    """What Ray does for the loop. Other functions make a run in one process, without Ray."""
 
+    stream: Callable[[StreamPlan, int], Iterator[StepRows]] = stream_steps
+    """(plan, first step) -> the steps from there on."""
+    report: Callable[[Position, Path], None] = report_to_ray
+    """Called on every worker when a step checkpoint is complete."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A worker's run."""
+
+    run: StageRun
     config: TrainingConfig
-    seed: int
-    """Seed of the data order."""
-    model: PreTrainedModel
-    """The model that is trained, in fp32 on the CPU."""
+    resources: StageResources
     objective: Objective
-    full: Callable[[EngineSettings], FullModel | None]
-    """Loads the full model."""
-    save: Callable[[dict[str, Tensor]], None]
-    """Writes the trained model, given its gathered weights; called on rank 0."""
+    plan: StreamPlan
+    engine: StudentEngine
+    full: FullModel | None
+    place: Place
+    services: Services
+
+    @property
+    def held_out(self) -> Path:
+        """Token shards for validation."""
+        return self.run.inputs["data"] / "test"
 
 
-def run_training(run: StageRun, learner: Learner, resources: StageResources, place: Place) -> dict[str, Any]:
-    """Train until the end, or until the stage is asked to stop; rank 0 writes the model. A collective."""
-    plan = _plan(run.inputs["data"] / "train", learner, resources, place)
-    settings = _engine_settings(learner.config, resources, plan)
-    module = DistillationModel(learner.model)
-    found = _newest_checkpoint(run, place)
-    if found is not None:
-        state.load_weights(module, found)
-    if resources.activation_checkpointing:
-        module.enable_activation_checkpointing()
-    log.info("models loaded")
-    engine = StudentEngine(module, learner.config, settings, place.device)
-    start = state.restore(engine, found, place) if found is not None else Position(step=0, tokens=0)
-    session = Session(
-        run=run,
-        config=learner.config,
-        resources=resources,
-        objective=learner.objective,
-        plan=plan,
-        engine=engine,
-        full=learner.full(settings),
-        place=place,
-        pad_id=PAD_ID,
-        data=run.inputs["data"],
-    )
-    began = time.perf_counter()
-    log.info("engines made; training from step %d to %d on %d workers", start.step, plan.steps, place.workers)
-    outcome = train(session, start)
-    log.info("training ended at step %d%s", outcome.position.step, ", stopped" if outcome.stopped else "")
-    if not outcome.stopped:
-        weights = gathered_weights(engine, place)
-        if place.first:
-            learner.save(weights)
-        place.barrier()
-    return _result(outcome, time.perf_counter() - began)
+@dataclass(frozen=True)
+class Outcome:
+    """How a worker's loop ended."""
+
+    position: Position
+    stopped: bool
+    """Whether it was asked to stop before the last step."""
 
 
-def gathered_weights(engine: StudentEngine, place: Place) -> dict[str, Tensor]:
-    """The model's weights by name, whole, on rank 0's CPU; empty elsewhere. A collective."""
-    module = engine.module
-    assert isinstance(module, DistillationModel)
-    gathered: dict[str, Tensor] = {}
-    for name, parameter in module.student.named_parameters():
-        if not is_sharded(parameter):
-            if place.first:
-                gathered[name] = parameter.detach().cpu()
-            continue
-        with whole_parameter(parameter):
-            if place.first:
-                gathered[name] = parameter.detach().cpu().clone()
-    return gathered
-
-
-def _plan(folder: Path, learner: Learner, resources: StageResources, place: Place) -> StreamPlan:
-    sequences = sequences_per_batch(learner.config.batch_tokens, TokenShards.open(folder).lengths)
-    return StreamPlan(
-        folder=folder,
-        sequences_per_batch=sequences,
-        seed=learner.seed,
-        steps=learner.config.steps,
-        workers=place.workers,
-        micro_batch=min(resources.micro_batch, math.ceil(sequences / place.workers)),
-        rank=place.rank,
-    )
-
-
-def _engine_settings(config: TrainingConfig, resources: StageResources, plan: StreamPlan) -> EngineSettings:
-    return EngineSettings(
-        workers=plan.workers,
-        zero_stage=resources.zero_stage,
-        dtype=config.dtype,
-        micro_batch=plan.micro_batch,
-        accumulation=plan.order().micro_batches(plan.workers, plan.micro_batch),
-    )
-
-
-def _newest_checkpoint(run: StageRun, place: Place) -> Path | None:
-    """Where to go on from, chosen by rank 0 for all."""
-
-    def torn(folder: Path, reason: str) -> None:
-        log.warning("step checkpoint %s is not complete (%s): it is skipped", folder.name, reason)
-
-    found = checkpoints.newest_complete(steps_root(run), torn) if place.first else None
-    return place.from_first(found)
-
-
-def _result(outcome: Outcome, seconds: float) -> dict[str, Any]:
-    position = outcome.position
-    metrics = dict(outcome.metrics)
-    metrics |= {"train/steps": position.step, "train/tokens": position.tokens, "train/seconds": seconds}
-    if position.best_nll is not None and position.best_step is not None:
-        metrics |= {"validation/best_nll": position.best_nll, "validation/best_step": position.best_step}
-    return {"metrics": metrics, "stopped": outcome.stopped, "step": position.step}
+def steps_root(run: StageRun) -> Path:
+    """Where a run's step checkpoints lie: Ray Train's folder of the run, outside of which it takes no checkpoint."""
+    return run.progress / run.stage.identity

@@ -61,7 +61,7 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 def restore(engine: StudentEngine, folder: Path, place: Place) -> Position:
     """Set master weights, moments and random generators of an engine whose module has the checkpoint's weights."""
     position = checkpoints.read_position(folder)
-    engine.create_state(position.step)
+    engine.set_updates(position.step)
     with SavedTensors(folder) as saved:
         for name, parameter in engine.parameters():
             for kind in KINDS:

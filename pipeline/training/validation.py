@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,27 +15,24 @@ import torch
 from overfill.config import LossConfig
 from overfill.losses import cross_entropy
 from pipeline.corpus.shards import TokenShards
+from pipeline.training.batches import collate
+from pipeline.training.session import Session
 from pipeline.training.stream import Row, ids_of
-
-if TYPE_CHECKING:
-    from pipeline.training.loop import Session
 
 _CE = LossConfig(kl=0.0, kv=0.0, ce=1.0)
 
 
 def validation_nll(session: Session) -> float:
     """Mean NLL per response token of the first `evaluate_samples` held-out samples, in nats. A collective."""
-    from pipeline.training.loop import collate
-
     place, objective = session.place, session.objective
     full = session.full if objective.method == "overfill" else None
     total = torch.zeros(2, dtype=torch.float64, device=place.device)
     session.engine.train(False)
     with torch.no_grad():
         for rows in _micro_batches(session):
-            batch = collate(rows, session.pad_id, place.device)
+            batch = collate(rows, place.device)
             teacher = full.call(batch) if full is not None else None
-            terms: Any = session.engine(
+            terms = session.engine(
                 batch, teacher, None, objective.method, _CE, chunks=session.resources.loss_chunks
             )
             total += torch.stack([term.double() for term in terms["ce"]])
@@ -52,7 +48,7 @@ def validation_nll(session: Session) -> float:
 
 def _micro_batches(session: Session) -> list[list[Row | None]]:
     """This worker's share: as many micro-batches as every other's."""
-    rows = held_out_rows(session.data / "test", session.config.evaluate_samples)
+    rows = held_out_rows(session.held_out, session.config.evaluate_samples)
     size = min(session.resources.micro_batch, -(-len(rows) // session.place.workers))
     count = -(-len(rows) // (size * session.place.workers))
     mine: list[Row | None] = [*rows[session.place.rank :: session.place.workers]]

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.training import checkpoints
+from pipeline.training.checkpoints import Position
+
+
+def write(root: Path, step: int, ranks: int = 2) -> Path:
+    """A complete checkpoint with one small file per rank."""
+    folder = root / checkpoints.new_name(step)
+    folder.mkdir(parents=True)
+    for rank in range(ranks):
+        file = folder / f"rank-{rank:05d}.safetensors"
+        file.write_bytes(bytes([rank]) * 100)
+        position = [checkpoints.write_position(folder, Position(step=step, tokens=10 * step))] if rank == 0 else []
+        checkpoints.write_manifest(folder, rank, [file, *position])
+    checkpoints.mark_complete(folder, ranks)
+    return folder
+
+
+def find(root: Path) -> tuple[Path | None, dict[str, str]]:
+    torn: dict[str, str] = {}
+    found = checkpoints.newest_complete(root, lambda folder, reason: torn.update({folder.name: reason}))
+    return found, torn
+
+
+def test_the_complete_checkpoint_with_the_most_steps_is_found(tmp_path: Path) -> None:
+    for step in (20, 5, 100):
+        newest = write(tmp_path, step)
+    found, torn = find(tmp_path)
+    assert found == newest
+    assert torn == {}
+    assert checkpoints.read_position(newest) == Position(step=100, tokens=1000)
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert find(tmp_path / "nothing") == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "complete.json").unlink(), "complete.json is missing"),
+        (lambda folder: (folder / "rank-00001.json").unlink(), "rank-00001.json is missing"),
+        (lambda folder: (folder / "rank-00001.safetensors").unlink(), "rank-00001.safetensors is missing"),
+        (lambda folder: (folder / "position.json").write_text("{}"), "position.json has 2 bytes"),
+        (lambda folder: (folder / "rank-00000.json").write_text('{"files": '), "a manifest is torn"),
+        (lambda folder: (folder / "complete.json").write_text("{}"), "a manifest is torn"),
+        (lambda folder: (folder / "rank-00000.safetensors").write_bytes(b"x" * 100), "sha256 differs"),
+        (lambda folder: (folder / "rank-00000.safetensors").write_bytes(b""), "has 0 bytes, 100 were written"),
+    ],
+)
+def test_a_torn_checkpoint_is_named_with_its_damage_and_the_one_before_is_used(
+    tmp_path: Path, damage: object, reason: str
+) -> None:
+    before, torn = write(tmp_path, 10), write(tmp_path, 20)
+    damage(torn)  # type: ignore[operator]
+    found, named = find(tmp_path)
+    assert found == before
+    assert list(named) == [torn.name]
+    assert reason in named[torn.name]
+
+
+def test_old_and_torn_checkpoints_are_removed_and_foreign_folders_and_newer_ones_stay(tmp_path: Path) -> None:
+    torn, oldest, older, newest = (write(tmp_path, step) for step in (1, 2, 3, 4))
+    (torn / "complete.json").unlink()
+    being_written = tmp_path / checkpoints.new_name(5)
+    being_written.mkdir()
+    (tmp_path / "notes").mkdir()
+    checkpoints.remove_old(tmp_path, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {older.name, newest.name, being_written.name, "notes"}
+
+
+def test_two_checkpoints_of_one_step_have_different_names() -> None:
+    assert checkpoints.new_name(7) != checkpoints.new_name(7)
+    assert checkpoints.step_of(Path(checkpoints.new_name(123456789))) == 123456789
+    assert checkpoints.step_of(Path("step-7")) is None

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from overfill.errors import UserError
+from pipeline.config import StageResources
+from pipeline.stage import Stopped
+from pipeline.stages.distill import metrics_of
+from pipeline.training.launch import _forward_stop, check_cluster
+from pipeline.training.resources import StopFile
+
+
+def test_workers_that_the_cluster_could_hold_when_idle_are_accepted() -> None:
+    check_cluster(StageResources(workers=2, cpus_per_worker=0.5), {"CPU": 2.0}, "distill")
+    check_cluster(StageResources(workers=8, gpus_per_worker=1), {"CPU": 16.0, "GPU": 8.0}, "distill")
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "words"),
+    [
+        # Two workers on all of two CPUs would leave nothing to read data with: Ray Data would wait for ever.
+        (StageResources(workers=2, cpus_per_worker=1.0), {"CPU": 2.0}, "need 2.05 CPU, the cluster has 2"),
+        (StageResources(workers=4, gpus_per_worker=1), {"CPU": 16.0, "GPU": 2.0}, "need 4 GPU, the cluster has 2"),
+        (StageResources(gpus_per_worker=1), {"CPU": 16.0}, "need 1 GPU, the cluster has 0"),
+    ],
+)
+def test_workers_that_can_never_start_are_refused_with_the_field_to_change(
+    resources: StageResources, cluster: dict[str, float], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        check_cluster(resources, cluster, "distill")
+    assert "resources.distill" in str(caught.value)
+    assert "lower `workers`" in str(caught.value)
+
+
+def test_a_request_to_stop_reaches_the_workers_as_a_file(tmp_path: Path) -> None:
+    stop = StopFile(tmp_path / "stop")
+    assert not stop()
+    with _forward_stop(lambda: True, stop.path):
+        deadline = time.monotonic() + 10
+        while not stop() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert stop()
+
+
+def test_without_a_request_no_file_appears(tmp_path: Path) -> None:
+    with _forward_stop(lambda: False, tmp_path / "stop"):
+        pass
+    assert not (tmp_path / "stop").exists()
+
+
+def test_what_workers_return_becomes_metrics_or_the_error_that_it_stands_for() -> None:
+    assert metrics_of({"metrics": {"train/loss": 1.0}, "stopped": False, "step": 9}) == {"train/loss": 1.0}
+    with pytest.raises(UserError, match="no such model"):
+        metrics_of({"user_error": "no such model"})
+    with pytest.raises(Stopped, match="after step 9"):
+        metrics_of({"metrics": {}, "stopped": True, "step": 9})
