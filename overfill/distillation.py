@@ -215,18 +215,16 @@ class DistillationModel(nn.Module):
             self.student.get_output_embeddings(),
             reading.hidden[mask],
             reading.targets[mask],
+            loss,
             full_head=full_head if with_kl else None,
             full_hidden=reading.full_hidden[mask] if with_kl and reading.full_hidden is not None else None,
-            temperature=loss.temperature,
             chunks=chunks,
         )
         tokens = mask.sum()
-        terms: LossTerms = {"ce": (sums.ce.detach(), tokens)}
-        # A term of weight 0 stays out of the graph: its gradient would cost a chunk of logits for nothing.
-        total = loss.ce * sums.ce if loss.ce > 0 else sums.ce.new_zeros(())
+        terms: LossTerms = {"ce": (sums.ce, tokens)}
+        total = sums.total
         if with_kl:
-            total = total + loss.kl * sums.kl
-            terms["kl"] = (sums.kl.detach(), tokens)
+            terms["kl"] = (sums.kl, tokens)
         if reading.states is not None and teacher is not None and kv_second_moment is not None:
             # A token whose successor is real was read for a purpose; the last one's states serve nobody.
             read = batch.response_mask[:, 1:]

@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from overfill.config import LossConfig
+
 Head = Callable[[Tensor], Tensor]
 """Hidden states [..., width] -> logits [..., V]; call the module, never its weight (ZeRO-3 gathers in the call)."""
 
@@ -42,17 +44,17 @@ KVStates = Sequence[tuple[Tensor, Tensor]]
 class VocabularyLosses:
     """Sums over tokens, scalars in fp32."""
 
+    total: Tensor
+    """Weighted sum of the terms, to differentiate."""
     kl: Tensor
-    """Scaled forward KL; 0 without a full model."""
+    """Scaled forward KL, without gradient; 0 without a full model."""
     ce: Tensor
-    """Cross-entropy."""
+    """Cross-entropy, without gradient."""
 
 
 def forward_kl(full_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 * KL(full || student) per token, [..., V] -> [...] in fp32."""
-    log_p = F.log_softmax(full_logits.float() / temperature, dim=-1)
-    log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * temperature**2
+    return _kl(_log_softmax(full_logits, temperature), _log_softmax(student_logits, temperature), temperature)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -64,15 +66,16 @@ def vocabulary_losses(
     student_head: Head,
     student_hidden: Tensor,
     targets: Tensor,
+    loss: LossConfig,
     *,
     full_head: Head | None = None,
     full_hidden: Tensor | None = None,
-    temperature: float = 1.0,
     chunks: int = 8,
 ) -> VocabularyLosses:
     """KL and CE of `student_hidden` [N, d] against `full_hidden` [N, D] and `targets` [N], in exactly `chunks` pieces.
 
-    Gradients reach the student only. Without `full_head` and `full_hidden` the KL is 0. N may be 0.
+    Gradients reach the student only. Without `full_head` and `full_hidden` the KL is 0. N may be 0. A term of weight 0
+    is measured and not trained.
     """
     if chunks < 1:
         raise ValueError(f"chunks is {chunks}: it must be at least 1")
@@ -80,21 +83,39 @@ def vocabulary_losses(
         raise ValueError("the full model's head and its hidden states come together")
     parts = torch.tensor_split(full_hidden, chunks) if full_hidden is not None else [None] * chunks
 
-    def losses_of(student_part: Tensor, target_part: Tensor, full_part: Tensor | None) -> tuple[Tensor, Tensor]:
-        student_logits = student_head(student_part)
-        ce = cross_entropy(student_logits, target_part).sum()
-        if full_head is None or full_part is None:
-            return ce.new_zeros(()), ce
-        with torch.no_grad():
-            full_logits = full_head(full_part)
-        return forward_kl(full_logits, student_logits, temperature).sum(), ce
+    def terms(student_part: Tensor, target_part: Tensor, full_part: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        logits = student_head(student_part)
+        log_q = _log_softmax(logits, 1.0)
+        ce = -log_q.gather(1, target_part[:, None]).sum()
+        kl = ce.new_zeros(())
+        total = loss.ce * ce if loss.ce > 0 else kl
+        if full_head is not None and full_part is not None:
+            with torch.no_grad():
+                log_p = _log_softmax(full_head(full_part), loss.temperature)
+            if loss.temperature != 1.0:
+                log_q = _log_softmax(logits, loss.temperature)
+            kl = _kl(log_p, log_q, loss.temperature).sum()
+            total = total + loss.kl * kl if loss.kl > 0 else total
+        # Detached, so that the graph of a term that is only measured is freed at once: kept in the result, what the
+        # backward pass recomputes for it would stay in memory for all chunks together.
+        return total, kl.detach(), ce.detach()
 
-    kl = ce = torch.zeros((), device=student_hidden.device)
+    total = kl = ce = torch.zeros((), device=student_hidden.device)
     pieces = zip(torch.tensor_split(student_hidden, chunks), torch.tensor_split(targets, chunks), parts, strict=True)
     for student_part, target_part, full_part in pieces:
-        chunk_kl, chunk_ce = checkpoint(losses_of, student_part, target_part, full_part, use_reentrant=False)
-        kl, ce = kl + chunk_kl, ce + chunk_ce
-    return VocabularyLosses(kl=kl, ce=ce)
+        chunk_total, chunk_kl, chunk_ce = checkpoint(terms, student_part, target_part, full_part, use_reentrant=False)
+        total, kl, ce = total + chunk_total, kl + chunk_kl, ce + chunk_ce
+    return VocabularyLosses(total=total, kl=kl, ce=ce)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities in fp32; no division, hence no copy, at temperature 1."""
+    logits = logits.float()
+    return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
 def kv_match(student: KVStates, full: KVStates, second_moment: Tensor, mask: Tensor) -> Tensor:

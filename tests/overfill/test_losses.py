@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from overfill.config import LossConfig
 from overfill.losses import cross_entropy, forward_kl, kv_match, vocabulary_losses
 
 VOCABULARY = 11
+BOTH = LossConfig(kl=1.0, ce=1.0)
 
 
 class CountingHead(nn.Linear):
@@ -65,12 +71,13 @@ def test_chunks_change_neither_losses_nor_gradients(count: int, chunks: int, tem
         student_head,
         student_hidden,
         targets,
+        LossConfig(kl=1.0, ce=0.5, temperature=temperature),
         full_head=full_head,
         full_hidden=full_hidden,
-        temperature=temperature,
         chunks=chunks,
     )
-    (sums.kl + 0.5 * sums.ce).backward()
+    sums.total.backward()
+    torch.testing.assert_close(sums.total, kl + 0.5 * ce, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(sums.kl, kl, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(sums.ce, ce, atol=1e-5, rtol=1e-5)
     found = [student_hidden.grad, student_head.weight.grad, student_head.bias.grad]
@@ -82,20 +89,52 @@ def test_chunks_change_neither_losses_nor_gradients(count: int, chunks: int, tem
 def test_the_number_of_head_calls_depends_on_chunks_alone_and_no_call_gets_all_tokens(count: int) -> None:
     student_head, student_hidden, full_head, full_hidden, targets = tokens(count)
     sums = vocabulary_losses(
-        student_head, student_hidden, targets, full_head=full_head, full_hidden=full_hidden, chunks=4
+        student_head, student_hidden, targets, BOTH, full_head=full_head, full_hidden=full_hidden, chunks=4
     )
     assert len(student_head.calls) == len(full_head.calls) == 4
     assert max(student_head.calls) == -(-count // 4)
     assert sum(student_head.calls) == count
-    sums.kl.backward()
+    sums.total.backward()
     assert len(student_head.calls) == len(full_head.calls) == 8  # each chunk once more, in the backward pass
+
+
+class LiveChunks(TorchDispatchMode):
+    """Counts the tensors [rows, V] that are alive, after every operation."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.alive: set[int] = set()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.shape == (self.rows, VOCABULARY):
+            place = output.untyped_storage().data_ptr()
+            if place not in self.alive:
+                self.alive.add(place)
+                weakref.finalize(output.untyped_storage(), self.alive.discard, place)
+        self.most = max(self.most, len(self.alive))
+        return output
+
+
+@pytest.mark.parametrize("loss", [LossConfig(kl=1.0), LossConfig(kl=0.0, ce=1.0), BOTH, LossConfig(temperature=2.0)])
+def test_only_one_chunk_of_logits_is_alive_in_either_pass(loss: LossConfig) -> None:
+    student_head, student_hidden, full_head, full_hidden, targets = tokens(48)
+    with LiveChunks(rows=3) as chunks:
+        sums = vocabulary_losses(
+            student_head, student_hidden, targets, loss, full_head=full_head, full_hidden=full_hidden, chunks=16
+        )
+        sums.total.backward()
+    # Logits, log-probabilities and their gradients, for one chunk: 6 or 7. Anything kept for all chunks makes it 16.
+    assert 2 <= chunks.most <= 8
 
 
 def test_gradients_do_not_reach_the_full_model() -> None:
     student_head, student_hidden, full_head, full_hidden, targets = tokens(5)
     full_hidden.requires_grad_()
-    sums = vocabulary_losses(student_head, student_hidden, targets, full_head=full_head, full_hidden=full_hidden)
-    (sums.kl + sums.ce).backward()
+    sums = vocabulary_losses(student_head, student_hidden, targets, BOTH, full_head=full_head, full_hidden=full_hidden)
+    sums.total.backward()
     assert full_hidden.grad is None
     assert full_head.weight.grad is None
     assert student_hidden.grad.abs().sum() > 0
@@ -106,7 +145,7 @@ def test_losses_of_bf16_models_are_computed_in_fp32() -> None:
     for head in (student_head, full_head):
         head.to(torch.bfloat16)
     student_hidden, full_hidden = student_hidden.detach().bfloat16(), full_hidden.bfloat16()
-    sums = vocabulary_losses(student_head, student_hidden, targets, full_head=full_head, full_hidden=full_hidden)
+    sums = vocabulary_losses(student_head, student_hidden, targets, BOTH, full_head=full_head, full_hidden=full_hidden)
     log_q = student_head(student_hidden).double().log_softmax(-1)
     log_p = full_head(full_hidden).double().log_softmax(-1)
     assert sums.ce.dtype == sums.kl.dtype == torch.float32
@@ -117,9 +156,9 @@ def test_losses_of_bf16_models_are_computed_in_fp32() -> None:
 def test_half_a_full_model_and_no_chunks_are_refused() -> None:
     student_head, student_hidden, full_head, _, targets = tokens(2)
     with pytest.raises(ValueError, match="come together"):
-        vocabulary_losses(student_head, student_hidden, targets, full_head=full_head)
+        vocabulary_losses(student_head, student_hidden, targets, BOTH, full_head=full_head)
     with pytest.raises(ValueError, match="at least 1"):
-        vocabulary_losses(student_head, student_hidden, targets, chunks=0)
+        vocabulary_losses(student_head, student_hidden, targets, BOTH, chunks=0)
 
 
 def states(seed: int) -> list[tuple[Tensor, Tensor]]:
