@@ -176,26 +176,28 @@ def _attempt(build: Build, store: Store, context: RunContext, handler: logging.H
     stage = build.stage
     try:
         return build.publish(_call(build, store, context))
-    except LeaseLost as lost:
-        build.interrupt(str(lost))
-        log.warning("%s", lost)
-        return None
-    except Stopped as stop:
-        if not build.lease.held():
-            build.interrupt("its lease was lost")
-            return None
-        reason = _one_line(stop) or "stopped by the scheduler"
-        build.stop(reason)
-        raise StageStopped(stage, reason) from stop
     except Exception as error:
-        _log_traceback(handler, stage, error)
-        cause = _one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_one_line(error)}"
-        build.fail(cause)
-        raise StageFailed(stage, cause, build.log_path) from error
+        if isinstance(error, LeaseLost) or not build.lease.held():
+            # Its successor has cleared its staging folder away, so whatever the function raised is no failure of it.
+            _log_traceback(handler, stage, error)
+            build.interrupt(f"another process has taken over: {_cause(error)}")
+            return None
+        raise _ended(build, handler, error) from error
     except BaseException as end:
         _log_traceback(handler, stage, end)
         build.interrupt(f"ended by {type(end).__name__}")
         raise
+
+
+def _ended(build: Build, handler: logging.Handler, error: Exception) -> StageStopped | StageFailed:
+    """Write down how the function ended, and give what to raise."""
+    if isinstance(error, Stopped):
+        reason = _one_line(error) or "stopped by the scheduler"
+        build.stop(reason)
+        return StageStopped(build.stage, reason)
+    _log_traceback(handler, build.stage, error)
+    build.fail(_cause(error))
+    return StageFailed(build.stage, _cause(error), build.log_path)
 
 
 def _call(build: Build, store: Store, context: RunContext) -> Metrics | None:
@@ -220,6 +222,11 @@ def _input_paths(stage: Stage, store: Store) -> dict[str, Path]:
         elif source.location is not None:
             paths[name] = Path(source.location)
     return paths
+
+
+def _cause(error: Exception) -> str:
+    """One line; a user's mistake is already in words, anything else is named by its type."""
+    return _one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_one_line(error)}"
 
 
 def _one_line(error: BaseException) -> str:

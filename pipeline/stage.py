@@ -77,6 +77,8 @@ class Stage:
     """Top-level function, as `package.module:function`."""
     label: str = ""
     """For people; part of the folder's name."""
+    identity: str = field(init=False)
+    """12 hex digits over name, version, config, input identities and function."""
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -85,7 +87,7 @@ class Stage:
             raise ValueError(f"function {self.function!r} of stage {self.name}: write it as package.module:function")
         object.__setattr__(self, "config", canonical(self.config, "config"))
         object.__setattr__(self, "inputs", {key: self.inputs[key] for key in sorted(self.inputs)})
-        object.__setattr__(self, "_identity", fingerprint(self.description))
+        object.__setattr__(self, "identity", fingerprint(self.description))
 
     @property
     def description(self) -> dict[str, Any]:
@@ -106,11 +108,6 @@ class Stage:
             for key, source in self.inputs.items()
         }
         return self.description | {"inputs": inputs}
-
-    @property
-    def identity(self) -> str:
-        """12 hex digits over name, version, config, input identities and function."""
-        return self.__dict__["_identity"]
 
     @property
     def folder_name(self) -> str:

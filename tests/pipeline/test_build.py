@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,18 @@ def test_a_json_file_is_written_whole_or_not_at_all(tmp_path: Path):
     assert read_json(tmp_path / "a.json") == {"x": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert read_json(tmp_path / "absent.json") is None
+
+
+def test_writers_of_the_same_file_do_not_trip_over_each_other(tmp_path: Path):
+    """Threads stand for processes of one pid on several hosts: a temporary name must be nobody else's."""
+
+    def write(letter: str) -> list[None]:
+        return [write_json(tmp_path / "a.json", {"letter": letter * 1000}) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert read_json(tmp_path / "a.json")["letter"] in [letter * 1000 for letter in "abcd"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_provenance_names_versions_and_a_commit_without_importing_anything():

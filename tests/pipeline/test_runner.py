@@ -250,6 +250,24 @@ def test_a_waiter_takes_over_when_the_builder_is_killed(tmp_path: Path):
     assert record.attempt == 2
 
 
+def test_a_builder_that_was_suspended_until_another_took_over_uses_the_others_artifact(tmp_path: Path):
+    command = [*SCRIPT, "build_beating_fast", str(tmp_path)]
+    builder = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    stage, store = toy(does="slow"), Store(tmp_path / "store", ttl=0.4)
+    deadline = time.monotonic() + 20.0
+    while not (store.progress(stage) / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    builder.send_signal(signal.SIGSTOP)
+    run_graph([stage], store, RunContext(resources={"teacher": {"seconds": 0.0}}, poll=0.02))
+    builder.send_signal(signal.SIGCONT)
+    assert builder.communicate(timeout=20)[0].strip() == "[2]"
+    assert builder.returncode == 0
+    assert store.verify(stage) is not None
+    outcomes = [read_json(store.folder(stage) / "attempts" / name / "outcome.json") for name in ("0001", "0002")]
+    assert [outcome["status"] for outcome in outcomes] == ["interrupted", "done"]
+    assert outcomes[0]["error"].startswith("another process has taken over: ")
+
+
 def test_a_waiter_fails_with_the_builder_and_does_not_try_the_same_again(store: Store):
     stage = toy(does="fail")
     build = Build.begin(store, stage, Facts())
