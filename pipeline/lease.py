@@ -125,12 +125,14 @@ class Lease:
         self._thread.start()
 
     def held(self) -> bool:
-        """Whether this is still the newest attempt, and the file on disk the one that this process made."""
+        """Whether this is still the newest attempt, and the lease on disk this one and not over.
+
+        By its token, not its inode: some network file systems give a file another inode at every look."""
         try:
-            mine, there = os.fstat(self._descriptor), (self.folder / LEASE_FILE).stat()
-        except OSError:
-            return False  # released, or the folder was removed under us
-        return os.path.samestat(mine, there) and newest_attempt(self.folder.parent) == self.number
+            owner, over = _parse((self.folder / LEASE_FILE).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return False  # the folder was removed under us
+        return owner == self.owner and not over and newest_attempt(self.folder.parent) == self.number
 
     def require(self) -> None:
         """Raise LeaseLost unless it is still held."""
