@@ -279,7 +279,7 @@ def _set_lengths(
     if config.max_length > positions:
         raise UserError(
             f"generate: {prompt} prompt tokens and {config.max_length - prompt} new ones exceed the {positions} "
-            f"positions of the models; set max_new_tokens to {max(positions - prompt, 0)} or less, or shorten the prompt"
+            f"positions of the models; set max_new_tokens to {max(positions - prompt, 0)} or less, or cut the prompt"
         )
 
 
