@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pipeline.record import source_commit
 from pipeline.tracking_content import RunStatus, Value
@@ -50,10 +50,12 @@ BATCH = 1000
 """Values of one log_batch call; MLflow takes no more."""
 SETTINGS = {
     # MLflow waits up to seven times two minutes for a server that is away; here the next look is the next attempt.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # It prints the URI of every run that ends.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _SECRET = re.compile(r"(?i)([?&;][^=&;]*(?:password|passwd|secret|token|key|credential)[^=&;]*=)[^&;]+")
 
@@ -66,6 +68,18 @@ def mask_uri(uri: str) -> str:
     if "@" in place and not place.startswith("/"):
         uri = f"{scheme}{separator}***@{place.rpartition('@')[2]}{mark}{query}"
     return _SECRET.sub(r"\1***", uri)
+
+
+def without_login(uri: str) -> tuple[str, dict[str, str]]:
+    """A web address without its user name and password, and those as the variables that MLflow reads them from.
+
+    Left in the address they would be in every error message of every library below. Other URIs stay as they are."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return uri, {}
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    login = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), login
 
 
 def mask_text(text: str, uri: str) -> str:
@@ -204,8 +218,8 @@ class MlflowServer:
     """`tracking_sync.Server` by MLflow's client. Constructing it imports mlflow, and migrates a database of our own."""
 
     def __init__(self, uri: str, store_root: Path) -> None:
-        for name, value in SETTINGS.items():
-            os.environ.setdefault(name, value)
+        uri, login = without_login(uri)
+        os.environ.update(SETTINGS | dict(os.environ) | login)
         from mlflow import MlflowClient
 
         for name in ("alembic", "mlflow.store.db.utils"):

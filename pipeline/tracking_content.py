@@ -57,6 +57,11 @@ def parent_status(snapshot: Snapshot) -> RunStatus:
     return "FAILED" if "failed" in states else "KILLED"
 
 
+def start_time(view: CellView) -> float | None:
+    """When the first of the cell's own stages began, in seconds since the epoch; None where the store does not know."""
+    return min((stage.started for stage in view.own if stage.started is not None), default=None)
+
+
 def end_time(view: CellView) -> float | None:
     """When the cell came to where it is, in seconds since the epoch; None where the store does not know."""
     finished = [stage.finished for stage in view.stages if stage.finished is not None]

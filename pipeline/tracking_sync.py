@@ -31,6 +31,7 @@ from pipeline.tracking_content import (
     parameters,
     parent_status,
     shared_prefix,
+    start_time,
     tags,
     wanted_status,
 )
@@ -195,7 +196,9 @@ class Sync:
         described = {"sweep": self._sweep.name, "store": str(self._sweep.store.root), KEY_TAG: key}
         described |= {"mlflow.source.name": "overfill", "mlflow.source.type": "LOCAL"}
         described |= {"commit": self._sweep.commit} if self._sweep.commit else {}
-        run = self._run(server, entry, key, self._sweep.name, described, None, None)
+        # A sweep that ran before there was a server began with its first cell; any other begins now.
+        begun = [start_time(view) for view in now.cells if now.counts["done"] == len(now.cells)]
+        run = self._run(server, entry, key, self._sweep.name, described, None, min(filter(None, begun), default=None))
         self._ledger.parent = entry = entry if entry is not None and entry.run == run else Entry(run=run)
         self._save(self._ledger)
         self._set_status(server, entry, "RUNNING", None)
@@ -262,7 +265,7 @@ class Sync:
         if entry is not None and entry.run in self._known:
             return entry
         key = f"{self._ledger.token}/{identity}"
-        begun = min((stage.since for stage in view.own if stage.since is not None), default=None)
+        begun = start_time(view)
         described = tags(view, self._sweep.commit) | {KEY_TAG: key, "sweep": self._sweep.name}
         run = self._run(server, entry, key, view.cell.label, described, parent, begun)
         entry = entry if entry is not None and entry.run == run else Entry(run=run)

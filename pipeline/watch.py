@@ -43,6 +43,8 @@ class StageView:
     state: State
     since: float | None = None
     """When this state began, as far as the store knows."""
+    started: float | None = None
+    """When the newest attempt began."""
     step: int = 0
     steps: int = 0
     """Steps of the whole stage; 0 for a stage that counts none, or has not logged one yet."""
@@ -196,13 +198,15 @@ def _view(status: Status, curve: Curve) -> StageView:
     step, steps = (last.step, last.steps) if last is not None else (0, 0)
     running = status.state == "running"
     speed = curve.seconds_per_step if running else None
+    started, since = _times(status)
     return StageView(
         identity=stage.identity,
         name=stage.name,
         label=stage.label,
         folder=status.folder,
         state="failed" if status.state == "altered" else status.state,
-        since=_since(status),
+        since=since,
+        started=started,
         step=step,
         steps=steps,
         metrics=dict(curve.latest_metrics),
@@ -215,14 +219,15 @@ def _view(status: Status, curve: Curve) -> StageView:
     )
 
 
-def _since(status: Status) -> float | None:
+def _times(status: Status) -> tuple[float | None, float | None]:
+    """(start of the newest attempt, when the state began)."""
     if status.record is not None:
-        return status.record.finished
+        return status.record.started, status.record.finished
     if not status.attempt:
-        return None
+        return None, None
     attempt = attempt_folder(status.folder / "attempts", status.attempt)
-    found = read_json(attempt / (ATTEMPT_FILE if status.state == "running" else OUTCOME_FILE)) or {}
-    return found.get("started" if status.state == "running" else "ended")
+    started = (read_json(attempt / ATTEMPT_FILE) or {}).get("started")
+    return started, started if status.state == "running" else (read_json(attempt / OUTCOME_FILE) or {}).get("ended")
 
 
 def snapshot(store: Store, cells: Sequence[Cell]) -> Snapshot:

@@ -240,15 +240,20 @@ def test_a_deleted_run_is_replaced_by_a_new_one_with_all_its_steps(synthetic: Sy
 
 
 def test_a_server_that_is_away_is_a_warning_without_its_password_and_nothing_is_lost(
-    synthetic: SyntheticStore, caplog: pytest.LogCaptureFixture
+    synthetic: SyntheticStore,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # so that it is restored
     cells = toy_cells(methods=("overfill",))
     synthetic.finish(cells[0])
     uri = "http://user:hunter2@127.0.0.1:9"
     with caplog.at_level(logging.WARNING), tracker(synthetic, cells, uri=uri, flush=0.5):
         pass
     assert "http://***@127.0.0.1:9" in caplog.text
-    assert "hunter2" not in caplog.text
+    assert "hunter2" not in caplog.text + "".join(capfd.readouterr())
     assert not any("hunter2" in path.read_text() for path in (synthetic.store.root / "sweeps").rglob("*.json"))
     with tracker(synthetic, cells):
         pass

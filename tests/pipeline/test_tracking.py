@@ -16,7 +16,7 @@ from synthetic_store import SyntheticStore, outcomes, toy_cells
 
 from pipeline.stage import Stage
 from pipeline.sweep import Cell
-from pipeline.tracking import Tracker, mask_text, mask_uri, tracking_uri, ui_command
+from pipeline.tracking import Tracker, mask_text, mask_uri, tracking_uri, ui_command, without_login
 from pipeline.tracking_content import Value
 from pipeline.tracking_sync import KEY_TAG, Known, Ledger, Sweep, Sync
 
@@ -26,6 +26,8 @@ class Run:
     tags: dict[str, str]
     parent: str | None
     status: str = "RUNNING"
+    started: float | None = None
+    ended: float | None = None
     history: list[tuple[str, int, float]] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +51,7 @@ class FakeServer:
     def start(self, name: str, tags: dict[str, str], parent: str | None, started: float | None) -> str:
         self._answer()
         identity = f"{name}#{len(self.runs)}"
-        self.runs[identity] = Run(dict(tags), parent)
+        self.runs[identity] = Run(dict(tags), parent, started=started)
         return identity
 
     def known(self, run: str) -> Known:
@@ -70,6 +72,7 @@ class FakeServer:
     def set_status(self, run: str, status: str, ended: float | None) -> None:
         self._answer()
         self.runs[run].status = status
+        self.runs[run].ended = ended
 
     def upload(self, run: str, files: dict[str, str | Path]) -> None:
         self._answer()
@@ -229,6 +232,21 @@ def test_a_finished_sweep_is_recognised_without_the_server(synthetic: SyntheticS
     assert not changed.up_to_date(changed.snapshot())
 
 
+def test_runs_have_the_times_of_the_work_and_not_of_its_tracking(synthetic: SyntheticStore) -> None:
+    cells, server = toy_cells(methods=("full", "overfill")), FakeServer()
+    for cell in cells:
+        synthetic.finish(cell)
+    push(new_sync(synthetic, cells), server, final=True)
+    records = [record for stage in cells[1].stages if (record := synthetic.store.record(stage)) is not None]
+    own = [record for record in records if record.stage in ("calibrate", "prune", "distill", "evaluate", "benchmark")]
+    run = server.run(cells[1])
+    assert run.started == min(record.started for record in own)
+    assert run.ended == max(record.finished for record in own)
+    assert server.parent.started is not None
+    assert server.parent.ended is not None
+    assert server.parent.started <= run.started <= run.ended <= server.parent.ended
+
+
 def test_metrics_arrive_although_the_artifact_store_refuses_and_artifacts_are_tried_again(
     synthetic: SyntheticStore,
 ) -> None:
@@ -305,6 +323,14 @@ def test_each_server_has_its_own_memory_and_none_holds_a_password(tmp_path: Path
 )
 def test_secrets_are_masked_in_uris(uri: str, masked: str) -> None:
     assert mask_uri(uri) == masked
+
+
+def test_a_login_goes_to_mlflow_by_environment_and_not_in_the_address() -> None:
+    uri, login = without_login("https://ann:s%40cret@host:5000/x?y=1")
+    assert uri == "https://host:5000/x?y=1"
+    assert login == {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": "s@cret"}
+    for other in ("https://host/x", "postgresql://u:p@db/mlflow", "sqlite:////runs/mlflow.db"):
+        assert without_login(other) == (other, {})
 
 
 def test_secrets_are_masked_in_error_messages() -> None:
