@@ -1,7 +1,7 @@
 """Curves of a stage: reading `progress/metrics.jsonl` while another process writes it.
 
-The file is append-only, one line per logged step: {"step", "steps", "tokens", "time", "metrics"}. What can happen to it,
-and what a reader makes of that:
+The file is append-only; a line is {"step", "steps", "tokens", "time", "metrics"}. What can happen to it, and what a
+reader makes of that:
 
 - the last line is half written: it is left for the next read, the cursor stays before it;
 - a writer was killed in the middle of a line and its successor appended behind the stump: the stump is dropped, the
@@ -94,7 +94,7 @@ class Curve:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median over the latest lines, so that an evaluation, a checkpoint or a pause between two lines hardly counts."""
+        """Median over the latest lines, so that an evaluation, a checkpoint or a pause hardly counts."""
         pairs = zip(self._recent, self._recent[1:], strict=False)
         rates = [(b.time - a.time) / (b.step - a.step) for a, b in pairs if b.step > a.step and b.time >= a.time]
         return median(rates) if rates else None

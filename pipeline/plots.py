@@ -1,4 +1,4 @@
-"""Two figures of a sweep: accuracy over time per output token with its Pareto front, and quality over the pruning ratio.
+"""Two figures of a sweep: accuracy over time per output token with its Pareto front; quality over the pruning ratio.
 
 One colour per full model (teacher), one marker per method, the ratio as label; bars are 95 % intervals. Matplotlib is
 imported when a figure is drawn, with the Agg backend, so that no display is needed. PNG for reading, SVG for papers.
@@ -47,7 +47,7 @@ DODGE = {"full": 0.0, "overfill": 0.0, "pruned": 0.5, "scratch": -0.5}
 
 
 def write_plots(found: Sequence[Group], folder: Path) -> list[Path]:
-    """Draw every figure that the groups have numbers for; returns the files, `pareto` and `quality` as .png and .svg."""
+    """Draw every figure that the groups have numbers for; returns the files, each figure as .png and .svg."""
     figures: dict[str, Callable[[Sequence[Group]], Figure]] = {}
     if any(group.exact_match and group.mean("tpot_s") for group in found):
         figures["pareto"] = pareto_figure
@@ -83,7 +83,8 @@ def pareto_figure(found: Sequence[Group]) -> Figure:
         linewidth=1.4,
         zorder=1,
     )
-    _label_points(axes, points, colours)
+    _label_points(axes, points)
+    axes.text(0.995, 0.02, "numbers: pruning ratio", transform=axes.transAxes, ha="right", fontsize=8, color=GREY)
     axes.set_xlabel("time per output token (ms)")
     axes.set_ylabel("exact match (%)")
     axes.margins(x=0.08, y=0.1)
@@ -152,9 +153,9 @@ def _draw_point(axes: Axes, tpot: float, group: Group, colour: str) -> None:
     )
 
 
-def _label_points(axes: Axes, points: Sequence[tuple[float, Group]], colours: dict[str, str]) -> None:
+def _label_points(axes: Axes, points: Sequence[tuple[float, Group]]) -> None:
     for tpot, group in points:
-        if group.method == "full" or group.exact_match is None:
+        if group.method == "full" or group.exact_match is None or _has_labelled_twin(tpot, group, points):
             continue
         axes.annotate(
             f"{group.ratio:g}" + (f" {group.variant}" if group.variant else ""),
@@ -164,6 +165,20 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, Group]], colours: di
             fontsize=8,
             color=GREY,
         )
+
+
+def _has_labelled_twin(tpot: float, group: Group, points: Sequence[tuple[float, Group]]) -> bool:
+    """Whether another method has the same label straight above: two would only cover each other."""
+    return any(
+        (other.teacher, other.ratio, other.variant) == (group.teacher, group.ratio, group.variant)
+        and abs(place / tpot - 1) < 0.1
+        and _correct(other) > _correct(group)
+        for place, other in points
+    )
+
+
+def _correct(group: Group) -> float:
+    return 0.0 if group.exact_match is None else group.exact_match.value
 
 
 def _lines(found: Sequence[Group]) -> Iterator[tuple[str, str, list[Group]]]:
@@ -186,10 +201,8 @@ def _draw_line(left: Axes, right: Axes, line: Sequence[Group], style: dict[str, 
     known = [(group, group.exact_match) for group in line if group.exact_match is not None]
     values = [100 * share.value for _, share in known]
     bars = [[100 * (s.value - s.low) for _, s in known], [100 * (s.high - s.value) for _, s in known]]
-    ecolour = style["color"] + "80"
-    left.errorbar(
-        [_removed(group) for group, _ in known], values, yerr=bars, capsize=2, elinewidth=1, ecolor=ecolour, **style, **edge
-    )
+    thin = {"capsize": 2, "elinewidth": 1, "ecolor": style["color"] + "80"}
+    left.errorbar([_removed(group) for group, _ in known], values, yerr=bars, **thin, **style, **edge)
     rated = [(group, perplexity) for group in line if (perplexity := group.mean("perplexity")) is not None]
     right.plot([_removed(group) for group, _ in rated], [value for _, value in rated], **style, **edge)
 

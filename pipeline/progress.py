@@ -58,7 +58,9 @@ class Progress:
         self._looked.wait(timeout=10)  # what is there now is not news
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._end.set()
         self._thread.join(timeout=10)
 
@@ -160,7 +162,8 @@ def _numbers(stage: StageView) -> list[str]:
 
 def _overall(now: Snapshot) -> Table:
     table = Table.grid(padding=(0, 1))
-    table.add_row("cells", ProgressBar(total=len(now.cells), completed=now.counts["done"], width=30), _overall_words(now))
+    bar = ProgressBar(total=len(now.cells), completed=now.counts["done"], width=30)
+    table.add_row("cells", bar, _overall_words(now))
     return table
 
 
@@ -188,10 +191,10 @@ def quiet_lines(now: Snapshot) -> list[Text]:
 
 def print_status(name: str, now: Snapshot, console: Console) -> None:
     """The table of `overfill status NAME`, with a line for each failure and where its log is."""
-    table = Table(title=f"{name}: {_overall_words(now)}", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column, justify in (("cell", "left"), ("state", "left"), ("stage", "left"), ("step", "right"), ("loss", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("since", justify="right")
+    console.print(f"{name}: {_overall_words(now)}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for column in ("cell", "state", "stage", "step", "loss", "since"):
+        table.add_column(column, justify="right" if column in ("step", "loss", "since") else "left")
     for view in now.cells:
         table.add_row(*_status_row(view, now))
     console.print(table)

@@ -1,11 +1,11 @@
 """What a sweep found: one row of plain values per cell, the comparisons between cells, and what to ship.
 
 Everything is read from the store's payloads and records; nothing is measured here. Latency is compared only within one
-`latency.json`, where the systems alternated in one process: `speed_up` is the full model's TPOT over the cell's own TPOT
-of the same file and the same grid point (the first of the benchmark's grid).
+`latency.json`, where the systems alternated in one process: `speed_up` is the full model's TPOT over the cell's own of
+the same file and the same grid point (the first of the benchmark's grid).
 
-OverFill against pruned-only is a paired question: the same samples, the same seeds, the same ratio, the same full model.
-Answers are those of `pipeline.statistics.compare`.
+OverFill against pruned-only is a paired question: the same samples, seeds, ratio and full model, answered by
+`pipeline.statistics.compare`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def row(cell: Cell, store: Store) -> Row:
 
 
 def variant(cell: Cell) -> str:
-    """What teacher, ratio and method do not tell: `h0.3-i0.6` for two different widths, `learning_rate=0.001` for an axis."""
+    """What teacher, ratio and method do not tell: `h0.3-i0.6` for two different widths, `learning_rate=0.001`."""
     told = ("teacher", "prune", "distill.method")
     other = {path: value for path, value in cell.axes.items() if not any(_under(path, name) for name in told)}
     parts = [f"{path.rsplit('.', 1)[-1]}={_plain(value)}" for path, value in sorted(other.items())]

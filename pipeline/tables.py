@@ -128,7 +128,7 @@ def _advise(teacher: str, advice: Advice) -> str:
     numbers = f"exact match {_percent(best.exact_match)} % against {100 * advice.full:.1f} %, TPOT "
     numbers += f"{_seconds(best.mean('tpot_s'))}, {_times(best.mean('speed_up'))} the full model's speed"
     if not advice.is_faster:
-        return f"{teacher}: ship the full model; no student decodes faster on this device (the nearest, {what}: {numbers})."
+        return f"{teacher}: ship the full model; no student decodes faster on this device (best: {what}, {numbers})."
     if advice.keeps_quality:
         return f"{teacher}: ship {what}, the fastest that keeps {share}: {numbers}."
     return f"{teacher}: nothing faster keeps {share}; the best is {what}: {numbers}."

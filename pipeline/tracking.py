@@ -1,8 +1,8 @@
-"""MLflow: one parent run per sweep, one child per cell, kept up to date from the store's files. The only import of mlflow.
+"""MLflow: one parent run per sweep, one child per cell, kept up to date from the store. The only import of mlflow.
 
 A `Tracker` is a thread in the driver that looks at the store every few seconds and tells the server what is new
-(`pipeline.tracking_sync` decides what). Since everything comes from files, nothing is lost when the server is away: what
-it has not got is sent the next time, and training never waits for it.
+(`pipeline.tracking_sync` decides what). Since everything comes from files, nothing is lost when the server is away:
+what it has not got is sent the next time, and training never waits for it.
 
 One writer per sweep: a file lock that ends with its process. A second driver of the same sweep waits for it, and takes
 over when the first is gone.
@@ -139,7 +139,9 @@ class Tracker:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -154,7 +156,8 @@ class Tracker:
     def _loop(self) -> None:
         pause = 0.0
         while not self._end.wait(pause):
-            pause = self._interval if self._tick(final=False) else min(max(2 * pause, self._interval), LONGEST_INTERVAL_S)
+            longer = min(max(2 * pause, self._interval), LONGEST_INTERVAL_S)
+            pause = self._interval if self._tick(final=False) else longer
         deadline = time.monotonic() + self._flush
         while not self._tick(final=True):
             if time.monotonic() > deadline:

@@ -1,9 +1,9 @@
 """Bringing MLflow's runs in line with the store: decides what to say, leaves the saying to a `Server`.
 
-What was said is remembered in `<store>/sweeps/<name>/mlflow.json`, per server: run ids, the last status of each run, and
-a fingerprint of what its end state contained. The file is a memory, not the truth: for a run that is not at its end the
-server is asked which steps it has, because a kill can fall between a message and the memory of it. Every run carries a
-tag that is derived from a token in the file, so that even a run whose id was never written down is found again.
+What was said is remembered in `<store>/sweeps/<name>/mlflow.json`, per server: run ids, the last status of each run,
+and a fingerprint of what its end state contained. The file is a memory, not the truth: for a run that is not at its end
+the server is asked which steps it has, because a kill can fall between a message and the memory of it. Every run
+carries a tag that is derived from a token in the file, so that even a run whose id was never written down is found.
 """
 
 from __future__ import annotations
@@ -93,6 +93,10 @@ class Entry(BaseModel):
     content: str = ""
     """Fingerprint of what was sent with the end state; empty until all of it has arrived."""
 
+    def is_at_end(self, status: RunStatus, content: str) -> bool:
+        """Whether this is an end state, and the server has all of it."""
+        return self.status == status != "RUNNING" and self.content == content
+
 
 class Ledger(BaseModel):
     """What is remembered of a sweep on one server."""
@@ -160,7 +164,7 @@ class Sync:
         entry, status = self._ledger.cells.get(view.cell.identity), wanted_status(view)
         if entry is None:
             return status is None
-        return entry.status == (status or "KILLED") != "RUNNING" and entry.content == _content(view)
+        return entry.is_at_end(status or "KILLED", _content(view))
 
     def _parent_content(self, now: Snapshot) -> str:
         cells = {view.cell.identity: _content(view) for view in now.cells}
@@ -231,7 +235,7 @@ class Sync:
     def _push_cell(self, server: Server, parent: str, view: CellView, final: bool) -> None:
         identity = view.cell.identity
         entry, status = self._ledger.cells.get(identity), self._status(view, final)
-        if status is None or (entry is not None and entry.status == status != "RUNNING" and entry.content == _content(view)):
+        if status is None or (entry is not None and entry.is_at_end(status, _content(view))):
             return
         entry = self._cell_entry(server, parent, view)
         known, curve = self._known[entry.run], self._watch.curve(_curve_stage(view))
@@ -332,7 +336,9 @@ class Sync:
 
     # --- sending
 
-    def _send(self, server: Server, run: str, values: list[Value], told: dict[str, Any], described: dict[str, str]) -> None:
+    def _send(
+        self, server: Server, run: str, values: list[Value], told: dict[str, Any], described: dict[str, str]
+    ) -> None:
         sent = self._tags.setdefault(run, {})
         described = {name: text for name, text in described.items() if sent.get(name) != text}
         if not (values or told or described):

@@ -184,7 +184,7 @@ class Watch:
         return view
 
     def _status(self, stage: Stage) -> Status | None:
-        """The store's word; None without asking for a stage that has no folder, which most of a large sweep have not."""
+        """The store's word; None, without asking, for a stage that has no folder, as most of a large sweep have not."""
         return None if self._store.find(stage.identity, stage.name) is None else self._store.status(stage)
 
 
