@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from pipeline.config_training import DistillConfig
 from pipeline.corpus.shards import write_samples
 from pipeline.fingerprint import identity_config
 from pipeline.stage import External, Stage, StageRun
-from pipeline.training.distributed import Place, joined
 from pipeline.training.session import Services
 from pipeline.training.stream import StepRows, StreamPlan, read_step
 
@@ -93,14 +91,6 @@ def distill_run(
         folder.mkdir(parents=True, exist_ok=True)
     given = StageResources.model_validate({"micro_batch": 4, "checkpoint_every": 0} | (resources or {}))
     return StageRun(stage, dict(inputs), **folders, resources=given)
-
-
-@contextmanager
-def single_process_group(folder: Path) -> Iterator[Place]:
-    """A process group of this process alone."""
-    place = Place(rank=0, workers=1, device=torch.device("cpu"))
-    with joined(place, threads=1, meeting_point=f"file://{folder / 'meeting-point'}"):
-        yield place
 
 
 def read_directly(plan: StreamPlan, first: int) -> Iterator[StepRows]:

@@ -1,4 +1,4 @@
-"""The calibration stage: channel importance of a full model, measured on Ray Train workers. See `overfill.importance`."""
+"""The calibration stage: channel importance of a full model, on Ray Train workers. See `overfill.importance`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a model and an objective to a trained model: plan, engine, resume, loop, result. The same for every kind of run."""
+"""From a model and an objective to a trained model: plan, engine, resume, loop, result. The same for every run."""
 
 from __future__ import annotations
 

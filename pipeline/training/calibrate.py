@@ -58,17 +58,16 @@ def measure_in(run: StageRun, resources: StageResources, place: Place) -> dict[s
         for number, (tokens, mask) in enumerate(batches, start=1):
             importance.update(tokens.to(place.device), mask.to(place.device))
             if place.first:
-                run.log_metrics(number, len(batches), {"calibrate/samples": place.workers * number * settings.micro_batch})
+                read = place.workers * number * settings.micro_batch
+                run.log_metrics(number, len(batches), {"calibrate/samples": read})
     for total in importance.state_dict().values():
         place.sum(total)
     scores = importance.scores()
     if place.first:
         scores.save(run.staging / SCORES_FILE)
     place.barrier()
-    seconds = time.perf_counter() - began
-    return {
-        "metrics": {"calibrate/samples": scores.samples, "calibrate/tokens": scores.tokens, "calibrate/seconds": seconds}
-    }
+    metrics = {"samples": scores.samples, "tokens": scores.tokens, "seconds": time.perf_counter() - began}
+    return {"metrics": {f"calibrate/{name}": value for name, value in metrics.items()}}
 
 
 def _batches(

@@ -4,7 +4,7 @@
         position.json               step, tokens, best so far
         rank-00000.safetensors      the part of the state that this rank wrote, by parameter name
         rank-00000.json             the manifest of that rank: its files with size and sha256
-        complete.json               how many ranks; written last, by one rename, when every rank has written its manifest
+        complete.json               how many ranks; written last, by one rename, when every manifest is written
 
 A checkpoint is complete if the marker is there and every file that the manifests list has the listed size and digest.
 A crash, a full disk or a copied folder that lacks a file therefore leaves a checkpoint that is named, skipped and
@@ -91,7 +91,7 @@ def why_incomplete(folder: Path) -> str | None:
 
 
 def newest_complete(root: Path, on_torn: Callable[[Path, str], None]) -> Path | None:
-    """The complete checkpoint with the most steps, or None. Each newer one that is not is passed to `on_torn`, with why."""
+    """The complete checkpoint with the most steps, or None. `on_torn` gets each newer one that is not, with why."""
     for folder in sorted(_folders(root), reverse=True):
         reason = why_incomplete(folder)
         if reason is None:
@@ -111,7 +111,7 @@ def rank_files(folder: Path) -> list[Path]:
 
 
 def remove_old(root: Path, keep: int) -> None:
-    """Remove checkpoints other than the newest `keep` marked ones, and what is torn and older than the newest marked."""
+    """Remove all checkpoints but the newest `keep` that are marked, and any that are newer than these."""
     marked = sorted((folder for folder in _folders(root) if (folder / MARKER).exists()), reverse=True)
     if not marked:
         return

@@ -56,7 +56,9 @@ def import_deepspeed() -> Any:
 class StudentEngine:
     """A module under DeepSpeed with AdamW. `engine(...)` calls the module; `backward` and `step` train it."""
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, settings: EngineSettings, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, config: TrainingConfig, settings: EngineSettings, device: torch.device
+    ) -> None:
         deepspeed = import_deepspeed()
         self.settings = settings
         self.clip = config.clip
@@ -193,7 +195,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def _share(whole: Tensor, size: int, rank: int) -> Tensor:
-    """A worker's part of a tensor under ZeRO stage 3: equal parts of the flat tensor, the last ones padded with zeros."""
+    """A worker's part of a tensor under ZeRO stage 3: equal parts of the flat tensor, padded with zeros at its end."""
     flat = whole.flatten()[rank * size : (rank + 1) * size]
     return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 

@@ -1,7 +1,7 @@
 """Run a function on Ray Train workers for a stage, and turn what goes wrong into one line.
 
-The run's name is the stage's identity and its storage the stage's progress folder. Step checkpoints are found by our own
-rules (`pipeline.training.checkpoints`), so Ray's list of them, which refuses to start when one of its folders was
+The run's name is the stage's identity and its storage the stage's progress folder. Step checkpoints are found by our
+own rules (`pipeline.training.checkpoints`), so Ray's list of them, which refuses to start when one of its folders was
 removed, is deleted before a start.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 
 from overfill.errors import UserError
 from pipeline.config import StageResources
@@ -29,6 +29,7 @@ STOP_FILE = "stop"
 STOP_POLL_S = 0.5
 CONTROLLER_FAILURES = 30
 """Each is a minute of waiting for CPUs that other runs hold, so this is half an hour."""
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 RAY_TRAIN_ENVIRONMENT = {
     # Ray polls workers every 2 s by default, and a report waits for the next poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -40,11 +41,14 @@ RAY_TRAIN_ENVIRONMENT = {
 }
 
 
+class TrainingFailed(Exception):
+    """Training failed more often than it may; `str` is one line with the cause and the place of the logs."""
+
+
 def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: StageRun) -> dict[str, Any]:
     """Call `function({"run": run})` on every worker that the stage's resources ask for; returns rank 0's result.
 
-    Raises UserError when the cluster can never hold the workers, or when a worker raised one; RuntimeError with one line
-    and the place of the log for anything else that outlived the retries."""
+    Raises UserError when the cluster can never hold the workers, TrainingFailed for what outlived the retries."""
     resources = stage_resources(run)
     check_cluster(resources, ray.cluster_resources(), run.stage.name)
     os.environ.update({key: value for key, value in RAY_TRAIN_ENVIRONMENT.items() if key not in os.environ})
@@ -70,8 +74,29 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
         ),
     )
     with _forward_stop(run.stop_requested, stop.path):
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise TrainingFailed(f"{one_line(error)}; the workers' logs are in {run.attempt}") from error
     return dict(result.return_value or {})
+
+
+def one_line(error: TrainingFailedError) -> str:
+    """What went wrong, from Ray Train's report of it: the first worker's own error, not its peers' lost connections."""
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        causes = {rank: _cause(failure) for rank, failure in sorted(error.worker_failures.items())}
+        own = {rank: cause for rank, cause in causes.items() if not any(word in cause for word in LOST_PEER)}
+        rank, cause = next(iter((own or causes).items()))
+        return f"worker {rank}: {cause}"
+    return _cause(error.controller_failure if isinstance(error, ControllerError) else error)
+
+
+def _cause(error: Exception) -> str:
+    """Type and first line; of Ray's own errors, which say what happened to a process, the first line alone."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, ray.exceptions.RayError) or not first:
+        return first or type(error).__name__
+    return f"{type(error).__name__}: {first}"
 
 
 def worker_bundle(resources: StageResources) -> dict[str, float]:

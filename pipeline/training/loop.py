@@ -1,9 +1,9 @@
 """The training loop of one worker, for distillation and for a teacher of our own.
 
-Each optimizer step takes the global batch of its number. A worker computes its micro-batches: one pass of the full model
-(where there is one), the student's losses as sums, and their gradient divided by the number of target tokens of the
-*global* batch, known from the index of the shards. Losses are accumulated as sums too and written every few steps by
-rank 0 to the run's metrics file; Ray Train hears of step checkpoints only, because each of its reports is a barrier.
+Each optimizer step takes the global batch of its number. A worker computes its micro-batches: one pass of the full
+model (where there is one), the student's losses as sums, and their gradient divided by the number of target tokens of
+the *global* batch, known from the index of the shards. Losses are accumulated as sums too and written every few steps
+by rank 0 to the run's metrics file; Ray Train hears of step checkpoints only, because its reports are barriers.
 """
 
 from __future__ import annotations

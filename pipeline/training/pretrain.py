@@ -38,7 +38,8 @@ def train_teacher(run: StageRun) -> dict[str, Any]:
 def train_in(run: StageRun, resources: StageResources, place: Place, services: Services) -> dict[str, Any]:
     """As `train_teacher`, in a process group that is there."""
     config = PretrainConfig.model_validate({key: value for key, value in run.config.items() if key != MAX_LENGTH})
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder(run.inputs["tokenizer"]))
+    tokenizer_files = tokenizer_folder(run.inputs["tokenizer"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_files)
     model = new_model(config, tokenizer, int(run.config[MAX_LENGTH]))
     objective = Objective(method="pretrain", loss=LossConfig(kl=0.0, ce=1.0), prompt_targets=config.prompt_loss)
     learner = Learner(
@@ -47,7 +48,7 @@ def train_in(run: StageRun, resources: StageResources, place: Place, services: S
         model=model,
         objective=objective,
         full=lambda settings: None,
-        save=lambda weights: save_teacher(model, weights, tokenizer_folder(run.inputs["tokenizer"]), run.staging / "model"),
+        save=lambda weights: save_teacher(model, weights, tokenizer_files, run.staging / "model"),
     )
     return run_training(run, learner, resources, place, services)
 

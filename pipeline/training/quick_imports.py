@@ -1,7 +1,7 @@
 """Import DeepSpeed and transformers without what they import for features that are not used here.
 
-A training worker is a fresh process, so imports are most of its start-up. Of about 9 s of one core, DeepSpeed spends 1.8 s
-on MLflow (for its autotuner) and transformers 0.8 s on SciPy and scikit-learn (for detection losses and assisted
+A training worker is a fresh process, so imports are most of its start-up. Of about 9 s of one core, DeepSpeed spends
+1.8 s on MLflow (for its autotuner) and transformers 0.8 s on SciPy and scikit-learn (for detection losses and assisted
 decoding). Both treat them as optional, so hiding them while the import runs is enough.
 """
 

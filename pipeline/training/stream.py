@@ -2,8 +2,8 @@
 
 Ray Data has no training iterator that can be resumed (ray#37633), so nothing is resumed here: the data set is the step
 numbers from the first wanted one on, and a task turns a step number into that step's token ids. Batch k is thereby a
-function of (shards, seed, k) alone (`pipeline.corpus.order`), whatever ran before and on however many workers; the order
-of blocks is kept (`preserve_order`), and the reader checks that the step it gets is the one it expects.
+function of (shards, seed, k) alone (`pipeline.corpus.order`), whatever ran before and on however many workers; the
+order of blocks is kept (`preserve_order`), and the reader checks that the step it gets is the one it expects.
 
 Every worker streams its own rows. Tasks ask for a small share of a CPU, at most two at a time: workers that hold the
 CPUs and wait for data can then not starve the tasks that make the data. Several small steps share a block, so

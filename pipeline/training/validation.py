@@ -1,7 +1,7 @@
 """The held-out response NLL during training: of the whole system, so that methods can be compared by it.
 
-Every response token counts. For `overfill` the first one is the full model's prediction, the others are the student's on
-the full model's cache; for the other methods all are the student's.
+Every response token counts. For `overfill` the first one is the full model's prediction, the others are the student's
+on the full model's cache; for the other methods all are the student's.
 """
 
 from __future__ import annotations

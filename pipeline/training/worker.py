@@ -30,7 +30,7 @@ def distill(arguments: dict[str, Any]) -> dict[str, Any]:
 
         return train_student(run)
 
-    return _guarded(work, arguments["run"])
+    return guarded(work, arguments["run"], train.get_context().get_world_rank())
 
 
 def pretrain(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def pretrain(arguments: dict[str, Any]) -> dict[str, Any]:
 
         return train_teacher(run)
 
-    return _guarded(work, arguments["run"])
+    return guarded(work, arguments["run"], train.get_context().get_world_rank())
 
 
 def calibrate(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def calibrate(arguments: dict[str, Any]) -> dict[str, Any]:
 
         return measure_importance(run)
 
-    return _guarded(work, arguments["run"])
+    return guarded(work, arguments["run"], train.get_context().get_world_rank())
 
 
 def log_file(run: StageRun, rank: int) -> Path:
@@ -60,9 +60,10 @@ def log_file(run: StageRun, rank: int) -> Path:
     return run.attempt / f"worker-{rank}.log"
 
 
-def _guarded(work: Callable[[StageRun], dict[str, Any]], run: StageRun) -> dict[str, Any]:
-    """A user's mistake is a result, not a failure: Ray Train would try it again and wrap it in a traceback."""
-    with _logging_to(log_file(run, train.get_context().get_world_rank())):
+def guarded(work: Callable[[StageRun], dict[str, Any]], run: StageRun, rank: int) -> dict[str, Any]:
+    """Call `work(run)` with a log of its own. A user's mistake is returned as `USER_ERROR`, not raised: Ray Train would
+    try it again. Anything else is raised, and is in the log."""
+    with _logging_to(log_file(run, rank)):
         try:
             log.info("worker process %d begins", os.getpid())
             import_training_libraries()

@@ -24,7 +24,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
 
 
 def plan(shards: TokenShards, *, workers: int = 1, micro_batch: int = 3, rank: int = 0, steps: int = 12) -> StreamPlan:
-    return StreamPlan(shards.folder, SEQUENCES, seed=5, steps=steps, workers=workers, micro_batch=micro_batch, rank=rank)
+    return StreamPlan(shards.folder, SEQUENCES, 5, steps=steps, workers=workers, micro_batch=micro_batch, rank=rank)
 
 
 def as_values(step: StepRows) -> tuple[object, ...]:

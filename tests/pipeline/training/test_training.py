@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly, single_process_group
+from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly
 
 from overfill.batch import PromptResponseBatch
 from overfill.checkpoint import load_full_model, load_student, read_manifest
@@ -30,12 +30,6 @@ from pipeline.training.stream import StepRows, StreamPlan
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with single_process_group(tmp_path_factory.mktemp("group")) as place:
-        yield place
 
 
 def train(run: StageRun, place: Place, services: Services = WITHOUT_RAY) -> dict[str, Any]:
@@ -84,31 +78,31 @@ def by_hand(run: StageRun) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_training_is_adamw_on_the_mean_over_the_batch_tokens_whatever_zero_shards(
-    zero_stage: int, tmp_path: Path, inputs: dict[str, Path], place: Place
+    zero_stage: int, tmp_path: Path, inputs: dict[str, Path], one_worker: Place
 ) -> None:
     # A micro-batch of 4 splits 6 sequences unevenly, so a mean of means or a division by micro-batches would show.
     run = distill_run(tmp_path, inputs, resources={"zero_stage": zero_stage, "micro_batch": 4})
-    train(run, place)
+    train(run, one_worker)
     assert_same(weights(run), by_hand(run), tolerance=2e-5)
 
 
 def test_methods_without_the_full_models_cache_train_on_the_whole_response(
-    tmp_path: Path, inputs: dict[str, Path], place: Place
+    tmp_path: Path, inputs: dict[str, Path], one_worker: Place
 ) -> None:
     run = distill_run(tmp_path, inputs, method="pruned", loss={"kl": 1.0, "ce": 0.5})
-    train(run, place)
+    train(run, one_worker)
     assert_same(weights(run), by_hand(run), tolerance=2e-5)
 
 
 def test_a_step_with_more_micro_batches_and_activation_checkpointing_learns_the_same(
-    tmp_path: Path, inputs: dict[str, Path], place: Place
+    tmp_path: Path, inputs: dict[str, Path], one_worker: Place
 ) -> None:
     large = distill_run(tmp_path / "large", inputs, resources={"micro_batch": 64})
     small = distill_run(
         tmp_path / "small", inputs, resources={"micro_batch": 1, "activation_checkpointing": True, "loss_chunks": 3}
     )
-    train(large, place)
-    train(small, place)
+    train(large, one_worker)
+    train(small, one_worker)
     assert_same(weights(large), weights(small), tolerance=2e-5)
 
 
@@ -137,78 +131,78 @@ def recording(seen: list[tuple[int, list[list[int]]]]) -> Callable[[StreamPlan, 
 
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")])
 def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(
-    zero_stage: int, dtype: str, tmp_path: Path, inputs: dict[str, Path], place: Place
+    zero_stage: int, dtype: str, tmp_path: Path, inputs: dict[str, Path], one_worker: Place
 ) -> None:
     settings = {"resources": {"zero_stage": zero_stage, "checkpoint_every": 4}, "dtype": dtype}
     unbroken = distill_run(tmp_path / "unbroken", inputs, **settings)
     unbroken_samples: list[tuple[int, list[list[int]]]] = []
-    expected = train(unbroken, place, dataclasses.replace(WITHOUT_RAY, stream=recording(unbroken_samples)))
+    expected = train(unbroken, one_worker, dataclasses.replace(WITHOUT_RAY, stream=recording(unbroken_samples)))
     broken = distill_run(tmp_path / "broken", inputs, **settings)
     with pytest.raises(Interrupted):
-        train(broken, place, dataclasses.replace(WITHOUT_RAY, stream=killed_before(7)))
+        train(broken, one_worker, dataclasses.replace(WITHOUT_RAY, stream=killed_before(7)))
     assert not any(broken.staging.iterdir())
     resumed_samples: list[tuple[int, list[list[int]]]] = []
-    result = train(broken, place, dataclasses.replace(WITHOUT_RAY, stream=recording(resumed_samples)))
+    result = train(broken, one_worker, dataclasses.replace(WITHOUT_RAY, stream=recording(resumed_samples)))
     assert_same(weights(broken), weights(unbroken))
     assert resumed_samples == unbroken_samples[4:]
     same = ("train/loss", "train/kv", "validation/nll", "validation/best_nll", "train/tokens", "train/steps")
     assert {name: result["metrics"][name] for name in same} == {name: expected["metrics"][name] for name in same}
 
 
-def test_a_run_may_go_on_under_another_zero_stage(tmp_path: Path, inputs: dict[str, Path], place: Place) -> None:
+def test_a_run_may_go_on_under_another_zero_stage(tmp_path: Path, inputs: dict[str, Path], one_worker: Place) -> None:
     run = distill_run(tmp_path, inputs, resources={"zero_stage": 3, "checkpoint_every": 4})
     with pytest.raises(Interrupted):
-        train(run, place, dataclasses.replace(WITHOUT_RAY, stream=killed_before(6)))
-    train(distill_run(tmp_path, inputs, resources={"zero_stage": 0}), place)
+        train(run, one_worker, dataclasses.replace(WITHOUT_RAY, stream=killed_before(6)))
+    train(distill_run(tmp_path, inputs, resources={"zero_stage": 0}), one_worker)
     assert_same(weights(run), by_hand(run), tolerance=2e-5)
 
 
 def test_a_torn_checkpoint_is_skipped_and_the_run_still_ends_the_same(
-    tmp_path: Path, inputs: dict[str, Path], place: Place, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, inputs: dict[str, Path], one_worker: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = distill_run(tmp_path / "run", inputs, resources={"checkpoint_every": 2})
     with pytest.raises(Interrupted):
-        train(run, place, dataclasses.replace(WITHOUT_RAY, stream=killed_before(7)))
+        train(run, one_worker, dataclasses.replace(WITHOUT_RAY, stream=killed_before(7)))
     newest = checkpoints.newest_complete(steps_root(run), lambda folder, reason: None)
     assert newest is not None
     (newest / "rank-00000.safetensors").write_bytes(b"torn")
-    train(run, place)
+    train(run, one_worker)
     assert f"{newest.name} is not complete (rank-00000.safetensors has 4 bytes" in caplog.text
     assert_same(weights(run), by_hand(run), tolerance=2e-5)
 
 
 def test_a_run_that_is_asked_to_stop_saves_its_position_and_publishes_nothing(
-    tmp_path: Path, inputs: dict[str, Path], place: Place
+    tmp_path: Path, inputs: dict[str, Path], one_worker: Place
 ) -> None:
     run = distill_run(tmp_path / "run", inputs)
     stopping = dataclasses.replace(run, stop_requested=lambda: run.metrics_path.exists())
-    result = train(stopping, place)
+    result = train(stopping, one_worker)
     assert (result["stopped"], result["step"]) == (True, 1)
     assert not any(run.staging.iterdir())
-    assert train(run, place)["stopped"] is False
+    assert train(run, one_worker)["stopped"] is False
     assert_same(weights(run), by_hand(run), tolerance=2e-5)
 
 
 def test_a_run_whose_last_step_was_saved_only_writes_the_student_again(
-    tmp_path: Path, inputs: dict[str, Path], place: Place
+    tmp_path: Path, inputs: dict[str, Path], one_worker: Place
 ) -> None:
     run = distill_run(tmp_path, inputs)
-    first = train(run, place)
+    first = train(run, one_worker)
     before = weights(run)
     for file in (run.staging / "model").iterdir():
         file.unlink()
-    second = train(run, place)
+    second = train(run, one_worker)
     assert_same(before, weights(run))
     assert {**first["metrics"], "train/seconds": 0} == {**second["metrics"], "train/seconds": 0}
 
 
 def test_metrics_are_means_over_tokens_and_come_with_every_checkpointed_step(
-    tmp_path: Path, inputs: dict[str, Path], place: Place
+    tmp_path: Path, inputs: dict[str, Path], one_worker: Place
 ) -> None:
     run = distill_run(tmp_path, inputs, resources={"micro_batch": 4})
     other = distill_run(tmp_path / "other", inputs, resources={"micro_batch": 1, "zero_stage": 3})
-    train(run, place)
-    train(other, place)
+    train(run, one_worker)
+    train(other, one_worker)
     lines, other_lines = ([json.loads(line) for line in r.metrics_path.read_text().splitlines()] for r in (run, other))
     trained = [line for line in lines if "train/loss" in line["metrics"]]
     assert [line["step"] for line in trained] == list(range(1, 13))
@@ -222,12 +216,12 @@ def test_metrics_are_means_over_tokens_and_come_with_every_checkpointed_step(
 
 
 def test_the_student_folder_names_its_method_and_a_random_start_keeps_no_channels(
-    tmp_path: Path, inputs: dict[str, Path], place: Place
+    tmp_path: Path, inputs: dict[str, Path], one_worker: Place
 ) -> None:
     overfill = distill_run(tmp_path / "overfill", inputs, tokens=60)
     scratch = distill_run(tmp_path / "scratch", inputs, method="scratch", tokens=60)
-    train(overfill, place)
-    train(scratch, place)
+    train(overfill, one_worker)
+    train(scratch, one_worker)
     trained, random = (read_manifest(run.staging / "model") for run in (overfill, scratch))
     assert (trained.method, random.method) == ("overfill", "scratch")
     assert trained.kept_hidden is not None

@@ -1,0 +1,181 @@
+"""Training on Ray Train workers with DeepSpeed and Ray Data: two workers against one, a killed worker, an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray import cloudpickle
+from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly
+
+from overfill.checkpoint import load_student
+from overfill.config import ImportanceConfig
+from overfill.importance import ImportanceScores
+from pipeline.fingerprint import identity_config
+from pipeline.stage import External, Stage, StageRun
+from pipeline.training.calibrate import SCORES_FILE, measure_in
+from pipeline.training.distill import train_in
+from pipeline.training.distributed import Place
+from pipeline.training.launch import TrainingFailed, run_workers
+from pipeline.training.session import Services
+from pipeline.training.stream import StepRows, StreamPlan, stream_steps
+
+pytestmark = pytest.mark.integration
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
+
+KILL_AT = 7
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def lines(run: StageRun) -> dict[int, dict[str, float]]:
+    """Step -> metrics, without the rate, which differs from run to run."""
+    found: dict[int, dict[str, float]] = {}
+    for line in run.metrics_path.read_text().splitlines():
+        values = json.loads(line)
+        found.setdefault(values["step"], {}).update(values["metrics"])
+    return {step: {k: v for k, v in m.items() if k != "train/tokens_per_second"} for step, m in found.items()}
+
+
+def weights(run: StageRun) -> dict[str, torch.Tensor]:
+    return dict(load_student(run.staging / "model").named_parameters())
+
+
+def largest_difference(one: StageRun, other: StageRun) -> float:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def calibration(root: Path, like: StageRun) -> StageRun:
+    config = identity_config(ImportanceConfig(samples=11))
+    stage = Stage("calibrate", 1, config, {"teacher": External("x", "x")}, "pipeline.stages.importance:run")
+    folders = {name: root / "calibration" / name for name in ("staging", "progress")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    return dataclasses.replace(like, stage=stage, **folders)
+
+
+def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
+    tmp_path: Path, inputs: dict[str, Path], ray_cluster: None, one_worker: Place
+) -> None:
+    two = {"workers": 2, "micro_batch": 2, "checkpoint_every": 4}
+    zero2 = distill_run(tmp_path / "zero2", inputs, resources={**two, "zero_stage": 2})
+    zero3 = distill_run(tmp_path / "zero3", inputs, resources={**two, "zero_stage": 3})
+    broken = distill_run(tmp_path / "broken", inputs, resources={**two, "zero_stage": 2})
+    broken = dataclasses.replace(broken, stop_requested=lambda: '"step": 6' in broken.metrics_path.read_text())
+    scores = calibration(tmp_path, zero3)
+
+    def in_one_group(arguments: dict[str, Any]) -> dict[str, Any]:
+        """Several runs in the workers of one, for the price of one start."""
+        from pipeline.training.distributed import process_group
+        from pipeline.training.quick_imports import import_training_libraries
+
+        import_training_libraries()
+        silent = Services(report=lambda position, folder: None)  # Ray Train knows of one run only
+        with process_group(0, threads=1) as place:
+            measure_in(scores, scores.resources, place)
+            train_in(zero3, zero3.resources, place, silent)
+            stopped = train_in(broken, broken.resources, place, silent)
+            result = train_in(arguments["run"], arguments["run"].resources, place, Services())
+        return {"result": result, "stopped": stopped, "workers": place.workers}
+
+    returned = run_workers(in_one_group, zero2)
+    assert returned["workers"] == 2
+    assert returned["stopped"]["stopped"]
+    assert returned["stopped"]["step"] == 6
+
+    one = distill_run(tmp_path / "one", inputs, resources={"micro_batch": 6})
+    expected = train_in(one, one.resources, one_worker, WITHOUT_RAY)
+    for run in (zero2, zero3):
+        assert lines(run).keys() == lines(one).keys()
+        for step, metrics in lines(one).items():
+            assert lines(run)[step] == pytest.approx(metrics, rel=1e-4, abs=1e-6), (run.progress, step)
+        assert largest_difference(run, one) < 1e-4
+    assert returned["result"]["metrics"]["train/tokens"] == expected["metrics"]["train/tokens"]
+
+    resumed = distill_run(tmp_path / "broken", inputs, resources={"micro_batch": 3})
+    train_in(resumed, resumed.resources, one_worker, WITHOUT_RAY)
+    assert largest_difference(resumed, one) < 1e-4
+
+    by_one = calibration(tmp_path / "one", one)
+    measure_in(by_one, by_one.resources, one_worker)
+    a, b = (ImportanceScores.load(run.staging / SCORES_FILE) for run in (scores, by_one))
+    assert (a.samples, a.tokens) == (b.samples, b.tokens)
+    for name in ("hidden", "intermediate", "kv_second_moment"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-7)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_bit_for_bit_as_an_unbroken_one(
+    tmp_path: Path, inputs: dict[str, Path], ray_cluster: None, one_worker: Place
+) -> None:
+    run = distill_run(tmp_path / "killed", inputs, resources={"checkpoint_every": 3, "max_failures": 1})
+    seen, marker = run.progress / "seen.jsonl", run.progress / "killed"
+
+    def killed_once(plan: StreamPlan, first: int) -> Iterator[StepRows]:
+        for rows in stream_steps(plan, first):
+            if rows.step == KILL_AT and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            with seen.open("a") as file:
+                file.write(json.dumps([rows.step, [part.tolist() for part in rows.samples]]) + "\n")
+            yield rows
+
+    def distill_killed(arguments: dict[str, Any]) -> dict[str, Any]:
+        from pipeline.training.distributed import process_group
+        from pipeline.training.quick_imports import import_training_libraries
+
+        import_training_libraries()
+        with process_group(0, threads=1) as place:
+            return train_in(arguments["run"], run.resources, place, Services(stream=killed_once))
+
+    result = run_workers(distill_killed, run)
+    assert marker.exists()
+    assert result["step"] == 12
+
+    unbroken = distill_run(tmp_path / "unbroken", inputs)
+    expected = train_in(unbroken, unbroken.resources, one_worker, WITHOUT_RAY)
+    assert largest_difference(run, unbroken) == 0.0
+    assert result["metrics"]["validation/nll"] == expected["metrics"]["validation/nll"]
+
+    # Seven steps, then again from the checkpoint after six; always the samples of an unbroken run.
+    samples = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert [step for step, _ in samples] == [0, 1, 2, 3, 4, 5, 6, *range(6, 12)]
+    plan = StreamPlan(inputs["data"] / "train", sequences(unbroken), 3, steps=12, workers=1, micro_batch=4, rank=0)
+    direct = {rows.step: [part.tolist() for part in rows.samples] for rows in read_directly(plan, 0)}
+    assert all(direct[step] == found for step, found in samples)
+    kept = sorted(folder.name[:13] for folder in (run.progress / run.stage.identity).glob("step-*"))
+    assert kept == ["step-00000009", "step-00000012"]
+
+
+def sequences(run: StageRun) -> int:
+    from pipeline.corpus.order import sequences_per_batch
+    from pipeline.corpus.shards import TokenShards
+
+    return sequences_per_batch(run.config["batch_tokens"], TokenShards.open(run.inputs["data"] / "train").lengths)
+
+
+def test_an_error_in_a_worker_is_one_line_with_the_place_of_the_logs(
+    tmp_path: Path, inputs: dict[str, Path], ray_cluster: None
+) -> None:
+    run = distill_run(tmp_path, inputs, resources={"max_failures": 0})
+
+    def fail(arguments: dict[str, Any]) -> dict[str, Any]:
+        raise ValueError("the corpus has no token 7")
+
+    with pytest.raises(TrainingFailed) as caught:
+        run_workers(fail, run)
+    assert str(caught.value) == (
+        f"worker 0: ValueError: the corpus has no token 7; the workers' logs are in {run.attempt}"
+    )
