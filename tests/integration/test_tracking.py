@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import pytest
 from synthetic_store import SyntheticStore, outcomes, toy_cells
 
 from pipeline.build import Build
+from pipeline.stage import Stage
 from pipeline.sweep import Cell
 from pipeline.tracking import MlflowServer, Tracker, mask_uri, tracking_uri
 
@@ -110,12 +115,11 @@ def artifacts(synthetic: SyntheticStore, run: Any) -> set[str]:
 
 def test_a_resume_goes_on_in_the_same_runs_and_logs_no_step_twice(synthetic: SyntheticStore) -> None:
     cells = toy_cells(methods=("overfill",))
-    distill = cells[0].stage("distill")
-    assert distill is not None
-    for stage in cells[0].stages[: cells[0].stages.index(distill)]:
+    training = distill(cells[0])
+    for stage in cells[0].stages[: cells[0].stages.index(training)]:
         synthetic.publish(stage, cells[0])
-    attempt = synthetic.begin(distill)
-    synthetic.log(distill, range(1, 7))
+    attempt = synthetic.begin(training)
+    synthetic.log(training, range(1, 7))
     with tracker(synthetic, cells):
         pass
     first = runs(synthetic)
@@ -125,7 +129,7 @@ def test_a_resume_goes_on_in_the_same_runs_and_logs_no_step_twice(synthetic: Syn
     attempt.interrupt("the machine went away")
     attempt.release()
     # A resume from the checkpoint of step 4 emits steps 5 and 6 again.
-    synthetic.log(distill, range(5, 11), start=2_000.0)
+    synthetic.log(training, range(5, 11), start=2_000.0)
     with tracker(synthetic, cells):
         synthetic.finish(cells[0])
     second = runs(synthetic)
@@ -179,35 +183,69 @@ def test_end_states_tell_failed_and_stopped_cells_apart_and_a_retry_mends_them(s
 
 def end(synthetic: SyntheticStore, cell: Cell, how: Callable[[Build], None]) -> None:
     """An attempt at the student's training that ends without a result."""
-    stage = cell.stage("distill")
-    assert stage is not None
-    attempt = synthetic.begin(stage)
+    attempt = synthetic.begin(distill(cell))
     how(attempt)
     attempt.release()
 
 
-def test_a_run_that_a_killed_driver_left_running_is_marked_killed(synthetic: SyntheticStore) -> None:
-    from mlflow import MlflowClient
+DRIVER = """
+import sys, time
+from pathlib import Path
+from synthetic_store import SyntheticStore, toy_cells
+from pipeline.tracking import Tracker
+synthetic, cells = SyntheticStore(Path(sys.argv[1])), toy_cells(methods=("overfill",))
+for stage in cells[0].stages[:-3]:
+    synthetic.publish(stage, cells[0])
+attempt = synthetic.begin(cells[0].stage("distill"))
+synthetic.log(attempt.stage, range(1, 6))
+with Tracker(synthetic.store, cells[0].config, cells, interval=0.05):
+    time.sleep(600)
+"""
 
-    cells = toy_cells(methods=("overfill", "pruned"))
-    synthetic.finish(cells[0])
-    stage = cells[1].stage("distill")
-    assert stage is not None
-    attempt = synthetic.begin(stage)
-    with tracker(synthetic, cells):
-        pass
-    attempt.interrupt("killed")
-    attempt.release()
-    # As after SIGKILL: the server and the ledger both still say RUNNING.
-    client, found = MlflowClient(tracking_uri(synthetic.store.root)), runs(synthetic)
-    client.update_run(found[cells[1].label].info.run_id, "RUNNING")
-    client.update_run(found["toy"].info.run_id, "RUNNING")
+
+def test_a_driver_killed_with_sigkill_leaves_runs_that_are_marked_killed_and_then_completed(
+    synthetic: SyntheticStore,
+) -> None:
+    cells = toy_cells(methods=("overfill",))
     ledger = synthetic.store.root / "sweeps" / "toy" / "mlflow.json"
-    ledger.write_text(ledger.read_text().replace('"KILLED"', '"RUNNING"'))
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(synthetic.store.root)], env=os.environ | {"PYTHONPATH": path}
+    )
+    try:
+        wait_until(lambda: ledger.exists() and entries(ledger) == ["RUNNING"])
+    finally:
+        driver.kill()
+        driver.wait()
+    assert {run.info.status for run in runs(synthetic).values()} == {"RUNNING"}
+
     with tracker(synthetic, cells):
-        pass
-    states = {name: run.info.status for name, run in runs(synthetic).items()}
-    assert states == {"toy": "KILLED", cells[0].label: "FINISHED", cells[1].label: "KILLED"}
+        wait_until(lambda: entries(ledger) == ["KILLED"])
+        assert runs(synthetic)[cells[0].label].info.status == "KILLED"
+        synthetic.log(distill(cells[0]), range(4, 11), start=2_000.0)  # from the checkpoint of step 3
+        synthetic.finish(cells[0])
+    found = runs(synthetic)
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert steps(synthetic, found[cells[0].label], "train/loss") == list(range(1, 11))
+
+
+def entries(ledger: Path) -> list[str]:
+    """Status of every child run, as the ledger has it."""
+    (server,) = json.loads(ledger.read_text()).values()
+    return [entry["status"] for entry in server["cells"].values()]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def distill(cell: Cell) -> Stage:
+    stage = cell.stage("distill")
+    assert stage is not None
+    return stage
 
 
 def test_two_trackers_of_one_sweep_write_every_step_once(synthetic: SyntheticStore) -> None:
