@@ -1,6 +1,6 @@
 """Step checkpoints: folders that are complete or not there.
 
-    progress/<identity>/step-00000040-3f9a1c/ 
+    progress/<identity>/step-00000040-3f9a1c/
         position.json               step, tokens, best so far
         rank-00000.safetensors      the part of the state that this rank wrote, by parameter name
         rank-00000.json             the manifest of that rank: its files with size and sha256

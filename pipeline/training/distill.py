@@ -24,6 +24,7 @@ from pipeline.training.objective import FullModel, Objective
 from pipeline.training.resources import stage_resources
 from pipeline.training.session import Services
 
+
 def train_student(run: StageRun) -> dict[str, Any]:
     """Train the student of a `distill` stage."""
     resources = stage_resources(run)

@@ -126,8 +126,12 @@ class StudentEngine:
         """Set what `read` reads. Each worker passes the whole tensor and keeps its share.
 
         The module's own weights are to be set before the engine is made (in bf16 they are the rounded `WEIGHT`)."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
         value = value.to(parameter.device)
         with torch.no_grad():

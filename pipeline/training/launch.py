@@ -22,8 +22,8 @@ from overfill.errors import UserError
 from pipeline.config import StageResources
 from pipeline.stage import StageRun
 from pipeline.training.backend import RendezvousConfig, Trainer
+from pipeline.training.datasource import CPUS_PER_TASK
 from pipeline.training.resources import StopFile, stage_resources
-from pipeline.training.stream import CPUS_PER_TASK
 
 STOP_FILE = "stop"
 STOP_POLL_S = 0.5

@@ -32,7 +32,7 @@ def save(engine: StudentEngine, root: Path, position: Position, place: Place, ke
     folder = root / place.from_first(checkpoints.new_name(position.step))
     folder.mkdir(parents=True, exist_ok=True)
     named = engine.parameters()
-    writer = _writers({name: parameter for name, parameter in named}, place.workers)
+    writer = _writers(dict(named), place.workers)
     mine: dict[str, Tensor] = {}
     for name, parameter in named:
         for kind in KINDS:

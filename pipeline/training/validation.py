@@ -32,9 +32,7 @@ def validation_nll(session: Session) -> float:
         for rows in _micro_batches(session):
             batch = collate(rows, place.device)
             teacher = full.call(batch) if full is not None else None
-            terms = session.engine(
-                batch, teacher, None, objective.method, _CE, chunks=session.resources.loss_chunks
-            )
+            terms = session.engine(batch, teacher, None, objective.method, _CE, chunks=session.resources.loss_chunks)
             total += torch.stack([term.double() for term in terms["ce"]])
             if full is not None and teacher is not None:
                 answered = batch.response_mask[:, 0]

@@ -65,7 +65,7 @@ def test_a_torn_checkpoint_is_named_with_its_damage_and_the_one_before_is_used(
 
 
 def test_old_and_torn_checkpoints_are_removed_and_foreign_folders_and_newer_ones_stay(tmp_path: Path) -> None:
-    torn, oldest, older, newest = (write(tmp_path, step) for step in (1, 2, 3, 4))
+    torn, _oldest, older, newest = (write(tmp_path, step) for step in (1, 2, 3, 4))
     (torn / "complete.json").unlink()
     being_written = tmp_path / checkpoints.new_name(5)
     being_written.mkdir()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -22,12 +23,12 @@ def test_cosine_starts_at_the_peak_is_half_way_down_in_the_middle_and_never_wast
     assert values[0] == 1.0
     assert values[5] == pytest.approx(0.5)
     assert values[-1] == pytest.approx(0.5 * (1 + math.cos(0.9 * math.pi)))
-    assert all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(values))
 
 
 def test_linear_falls_by_the_same_amount_every_step_to_the_final_share() -> None:
     values = rates(schedule="linear", final_learning_rate=0.5)
-    assert [a - b for a, b in zip(values, values[1:], strict=False)] == pytest.approx([0.05] * 9)
+    assert [a - b for a, b in itertools.pairwise(values)] == pytest.approx([0.05] * 9)
     assert values[-1] == pytest.approx(0.55)
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.corpus.shards import TokenShards, write_samples
-from pipeline.training import stream
+from pipeline.training import datasource, stream
 from pipeline.training.stream import StepRows, StreamPlan, read_step, stream_steps
 
 SEQUENCES = 7
@@ -70,21 +70,28 @@ def test_packing_steps_into_a_block_and_unpacking_them_changes_nothing(shards: T
     assert [as_values(step) for step in unpacked] == [as_values(step) for step in steps]
 
 
-def test_a_step_out_of_turn_stops_training(shards: TokenShards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_holds_consecutive_steps_and_ends_with_the_run(shards: TokenShards) -> None:
     asked = plan(shards)
+    [table] = stream.read_block(asked, 9)
+    assert [step.step for step in stream._unpack(table, asked.micro_batch)] == [9, 10, 11]
 
+
+def test_a_step_out_of_turn_stops_training(shards: TokenShards, monkeypatch: pytest.MonkeyPatch) -> None:
     def swapped(asked: StreamPlan, first: int) -> list[pa.Table]:
         return [stream._pack([read_step(asked, step)]) for step in (first, first + 2)]
 
-    monkeypatch.setattr(stream, "_tables", swapped)
-    steps = stream_steps(asked, 2)
+    monkeypatch.setattr(datasource, "stream_blocks", swapped)
+    steps = stream_steps(plan(shards), 2)
     assert next(steps).step == 2
     with pytest.raises(RuntimeError, match="yielded step 4 where step 3 was due"):
         next(steps)
 
 
 def test_a_stream_that_ends_early_stops_training(shards: TokenShards, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_tables", lambda asked, first: [stream._pack([read_step(asked, first)])])
+    def short(asked: StreamPlan, first: int) -> list[pa.Table]:
+        return [stream._pack([read_step(asked, first)])]
+
+    monkeypatch.setattr(datasource, "stream_blocks", short)
     with pytest.raises(RuntimeError, match="ended before step 11 of 12"):
         list(stream_steps(plan(shards), 10))
 
@@ -97,3 +104,9 @@ def test_small_steps_share_a_block_and_large_ones_do_not(shards: TokenShards) ->
     assert plan(shards).steps_per_block == stream.MOST_STEPS_PER_BLOCK
     large = StreamPlan(shards.folder, 100_000, seed=0, steps=5, workers=1, micro_batch=8, rank=0)
     assert large.steps_per_block == 1
+
+
+def test_a_long_run_has_few_blocks_so_that_its_plan_is_made_quickly(shards: TokenShards) -> None:
+    large = StreamPlan(shards.folder, 100_000, seed=0, steps=1_000_000, workers=1, micro_batch=8, rank=0)
+    source = datasource.StepDatasource(large, 0)
+    assert len(source) == len(source.get_read_tasks(1)) <= stream.MOST_BLOCKS

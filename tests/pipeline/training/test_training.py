@@ -211,7 +211,7 @@ def test_metrics_are_means_over_tokens_and_come_with_every_checkpointed_step(
         for name in line["metrics"].keys() - {"train/tokens_per_second"}:
             assert line["metrics"][name] == pytest.approx(other_line["metrics"][name], rel=1e-4), name
     loss = trained[0]["metrics"]
-    assert loss["train/loss"] == pytest.approx(loss["train/kl"] + 3.0 * loss["train/kv"] , rel=0.2)
+    assert loss["train/loss"] == pytest.approx(loss["train/kl"] + 3.0 * loss["train/kv"], rel=0.2)
     assert trained[-1]["metrics"]["train/kl"] < trained[0]["metrics"]["train/kl"]
 
 
