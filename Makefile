@@ -10,11 +10,11 @@ quickstart: $(VENV)/.installed
 	$(BIN)/overfill run sweeps/quickstart.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not integration"
+	$(BIN)/python -m pytest -m "not integration" --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -m integration
 
 test-fast: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not integration"
+	$(BIN)/python -m pytest -m "not integration" --numprocesses 2 --dist loadfile
 
 test-integration: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m integration

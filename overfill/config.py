@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-
 def _width(value: object) -> int | float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, int) and value >= 1:

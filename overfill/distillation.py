@@ -156,9 +156,7 @@ class DistillationModel(nn.Module):
             reading = self._read_alone(batch, teacher, keep_states=loss.kv > 0, prompt_targets=prompt_targets)
         return self._losses(batch, reading, teacher, full_head, loss, kv_second_moment, chunks)
 
-    def _continue_full_model(
-        self, batch: PromptResponseBatch, teacher: TeacherPass, *, keep_states: bool
-    ) -> _Reading:
+    def _continue_full_model(self, batch: PromptResponseBatch, teacher: TeacherPass, *, keep_states: bool) -> _Reading:
         keys, values = zip(*teacher.prompt_states(), strict=True)
         cache = PrefixCache(keys, values, keep_new=keep_states)
         hidden = self.student.base_model(

@@ -151,10 +151,11 @@ def resolve_widths(shape: ModelShape, prune: PruneConfig, where: str = "prune") 
     if prune.parameters is not None:
         return _widths_for_parameters(shape, prune.parameters, where)
     hidden = _legal(prune.hidden, shape.hidden, math.lcm(shape.heads, quantum(shape.hidden)), f"{where}.hidden")
-    intermediate = _legal(
-        prune.intermediate, shape.intermediate, quantum(shape.intermediate), f"{where}.intermediate"
+    intermediate = _legal(prune.intermediate, shape.intermediate, quantum(shape.intermediate), f"{where}.intermediate")
+    asked_hidden, asked_intermediate = (
+        _share(prune.hidden, shape.hidden),
+        _share(prune.intermediate, shape.intermediate),
     )
-    asked_hidden, asked_intermediate = _share(prune.hidden, shape.hidden), _share(prune.intermediate, shape.intermediate)
     return widths_of(shape, hidden, intermediate, asked_hidden, asked_intermediate)
 
 

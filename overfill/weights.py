@@ -38,7 +38,7 @@ class WeightsFolder:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(folder):
             with _open(path) as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 - not a dict
                     self._home[name] = path
                     self._shapes[name] = tuple(file.get_slice(name).get_shape())
 

@@ -38,7 +38,9 @@ def answer(
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}),
+        **(
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        ),
     )
 
 

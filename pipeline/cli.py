@@ -19,7 +19,9 @@ app = typer.Typer(
 )
 File = Annotated[str, typer.Argument(metavar="FILE", help="An experiment's YAML file.")]
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="An experiment's name; the only one when left out.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field by dotted path.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field by dotted path.")
+]
 StoreOption = Annotated[str | None, typer.Option("--store", help="Folder of results; $OVERFILL_STORE or ./runs.")]
 Address = Annotated[str | None, typer.Option("--address", help="A running Ray cluster; left out: this machine.")]
 Continue = Annotated[bool, typer.Option("--continue-stopped", help="Also take up cells that were stopped early.")]
@@ -109,13 +111,17 @@ def ui(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A student folder; its full model stands in its manifest.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A student folder; its full model stands in its manifest.")
+    ],
     prompt: Annotated[str, typer.Argument(help="The text to answer.")],
     full: Annotated[str | None, typer.Option(help="Where the full model lies, if it has moved.")] = None,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the tokenizer's chat template.")] = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the most probable tokens of this share.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the most probable tokens of this share.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
 ) -> None:

@@ -89,7 +89,9 @@ def _start(address: str) -> None:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:160]
-        raise UserError(f"--address {address}: no Ray cluster there ({reason}); leave it out to run on this machine") from error
+        raise UserError(
+            f"--address {address}: no Ray cluster there ({reason}); leave it out to run on this machine"
+        ) from error
 
 
 def capacity() -> Capacity:

@@ -48,7 +48,9 @@ def run_experiment(experiment: Experiment, store: Store, address: str | None, co
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:
         where = f" (log: {outcome.log})" if outcome.log else ""
-        console.print(f"failed: {experiment.cells[outcome.cell].label}: {outcome.reason}{where}", style="red", markup=False)
+        console.print(
+            f"failed: {experiment.cells[outcome.cell].label}: {outcome.reason}{where}", style="red", markup=False
+        )
     return 1 if failed else 0
 
 
@@ -56,7 +58,9 @@ def _print_places(store: Store, plots: list[Path], console: Console) -> None:
     for plot in plots:
         console.print(f"{plot.stem} plot: {plot}", highlight=False, soft_wrap=True)
     default = store.root == Path(DEFAULT_STORE).absolute()
-    console.print(f"MLflow: overfill ui{'' if default else f' --store {shlex.quote(str(store.root))}'}", highlight=False)
+    console.print(
+        f"MLflow: overfill ui{'' if default else f' --store {shlex.quote(str(store.root))}'}", highlight=False
+    )
 
 
 def serve_ui(store: Store, host: str, port: int) -> int:

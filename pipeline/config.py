@@ -230,7 +230,7 @@ class RangeConfig(Frozen):
 class SweepConfig(Frozen):
     """Which cells an experiment has: axes over any dotted path of this file."""
 
-    axes: dict[str, tuple[Any, ...] | RangeConfig] = {}
+    axes: dict[str, tuple[Any, ...] | RangeConfig] = Field(default_factory=dict)
     """Dotted path -> values; a path may name a whole section. `random` search also takes a distribution."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of distillation (data order, random starts); every cell is run with each."""

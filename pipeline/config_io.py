@@ -31,7 +31,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key `{key.value}` given twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key `{key.value}` given twice", key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -71,7 +73,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     where = str(path)
     values = parse_yaml(read_text(Path(path)), where)
     if not isinstance(values, dict):
-        raise UserError(f"{where}: an experiment is a mapping of sections (name, teacher, data, ...), not {_show(values)}")
+        raise UserError(
+            f"{where}: an experiment is a mapping of sections (name, teacher, data, ...), not {_show(values)}"
+        )
     for override in overrides:
         dotted, value = parse_override(override)
         values = with_value(values, dotted, value, f"--set {override}")
@@ -89,7 +93,9 @@ def read_text(path: Path) -> str:
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of an experiment's YAML file"
         raise UserError(f"{path}: no such file; {hint}") from error
     except (OSError, ValueError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
+        reason = (
+            "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
+        )
         raise UserError(f"{path}: cannot be read ({reason}); give the path of an experiment's YAML file") from error
 
 

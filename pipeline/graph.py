@@ -77,7 +77,9 @@ def teacher_shape(config: ExperimentConfig) -> ModelShape:
     teacher = config.teacher
     if teacher.pretrain is not None:
         vocabulary = teacher.pretrain.tokenizer.vocabulary or TOY_VOCABULARY
-        return ModelShape.from_config(teacher.pretrain.model_config_dict(vocabulary, config.data.max_length), "pretrain")
+        return ModelShape.from_config(
+            teacher.pretrain.model_config_dict(vocabulary, config.data.max_length), "pretrain"
+        )
     if teacher.shape is not None:
         return ModelShape.from_config(teacher.shape, "teacher.shape")
     return ModelShape.from_config(json.loads(_config_file(teacher).read_text(encoding="utf-8")), f"{teacher.model}")
@@ -90,7 +92,9 @@ def _config_file(teacher: TeacherConfig) -> Path:
             raise UserError(f"teacher.model = {folder}: no config.json there; give a transformers model folder")
         return folder / "config.json"
     if teacher.revision is None:
-        raise UserError(f"teacher.model = {teacher.model}: no such folder; for a Hub id give `teacher.revision`, a commit")
+        raise UserError(
+            f"teacher.model = {teacher.model}: no such folder; for a Hub id give `teacher.revision`, a commit"
+        )
     from huggingface_hub import hf_hub_download  # only when a Hub model's shape is not in the file
 
     try:
@@ -138,7 +142,9 @@ def _tokenizer(config: ExperimentConfig, files: External | None) -> Input:
     if folder.is_dir():
         return External("model", _content(folder), None, str(folder))
     if teacher.revision is None:
-        raise UserError(f"teacher.model = {teacher.model}: no such folder; for a Hub id give `teacher.revision`, a commit")
+        raise UserError(
+            f"teacher.model = {teacher.model}: no such folder; for a Hub id give `teacher.revision`, a commit"
+        )
     fetch = {"model": teacher.model, "revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
     return Stage("teacher", 1, fetch, {}, "pipeline.stages.teacher:fetch", teacher.label)
 

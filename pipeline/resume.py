@@ -133,9 +133,7 @@ def plan(
     return list(actions.values())
 
 
-def needed(
-    stages: Sequence[Stage], facts: Mapping[str, Facts], targets: Sequence[Stage] | None = None
-) -> list[Stage]:
+def needed(stages: Sequence[Stage], facts: Mapping[str, Facts], targets: Sequence[Stage] | None = None) -> list[Stage]:
     """The targets, and the inputs of every needed stage whose inputs matter, inputs first."""
     wanted: set[str] = set()
 
@@ -152,9 +150,7 @@ def needed(
     return [stage for stage in topological([*stages, *(targets or ())]) if stage.identity in wanted]
 
 
-def _decide(
-    stage: Stage, facts: Facts, before: Mapping[str, Action], continue_stopped: bool, since: float
-) -> Action:
+def _decide(stage: Stage, facts: Facts, before: Mapping[str, Action], continue_stopped: bool, since: float) -> Action:
     if facts.artifact == "ok":
         return Reuse(stage, "its artifact is there")
     if facts.artifact == "altered":

@@ -151,9 +151,7 @@ def _finished(store: Store, stage: Stage) -> Record:
     return record
 
 
-def _execute(
-    action: Run | Resume, facts: Facts, store: Store, context: RunContext, told: set[tuple[str, str]]
-) -> None:
+def _execute(action: Run | Resume, facts: Facts, store: Store, context: RunContext, told: set[tuple[str, str]]) -> None:
     stage = action.stage
     build = Build.begin(store, stage, facts, context.resources.get(stage.name), context.beat)
     if build is None:

@@ -16,6 +16,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 from overfill.errors import UserError
@@ -89,14 +90,18 @@ class ArrayPiece:
 
     def rows(self) -> Iterator[Row]:
         with open_binary(self.path) as raw:
-            file = gzip.open(raw) if self.path.endswith(".gz") else raw
+            file = gzip.open(raw) if self.path.endswith(".gz") else raw  # noqa: SIM115 - closed with raw
             text = file.read(_ARRAY_BYTES + 1)
         if len(text) > _ARRAY_BYTES:
-            raise UserError(f"{self.path}: a JSON array of more than 1 GiB; write it as JSON lines, which can be streamed")
+            raise UserError(
+                f"{self.path}: a JSON array of more than 1 GiB; write it as JSON lines, which can be streamed"
+            )
         try:
             rows = json.loads(text)
         except ValueError as error:
-            raise UserError(f"{self.path}: not a JSON array ({error}); mend the file or write it as JSON lines") from error
+            raise UserError(
+                f"{self.path}: not a JSON array ({error}); mend the file or write it as JSON lines"
+            ) from error
         yield from rows
 
 
@@ -148,7 +153,7 @@ def open_binary(path: str) -> IO[bytes]:
         from huggingface_hub import HfFileSystem
 
         return HfFileSystem().open(path, "rb")  # type: ignore[return-value]
-    return open(path, "rb")
+    return Path(path).open("rb")
 
 
 def parse_line(line: bytes) -> Row:

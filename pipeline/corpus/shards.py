@@ -96,7 +96,9 @@ class ShardWriter:
         """Append rows with columns prompt, response, reference (others are left out)."""
         if table.num_rows == 0:
             return
-        columns = [table.column(name).cast(SHARD_SCHEMA.field(name).type) for name in ("prompt", "response", "reference")]
+        columns = [
+            table.column(name).cast(SHARD_SCHEMA.field(name).type) for name in ("prompt", "response", "reference")
+        ]
         sample = pa.array(np.arange(self.samples, self.samples + table.num_rows))
         self._pending.append(pa.table([sample, *columns], schema=SHARD_SCHEMA))
         self._pending_rows += table.num_rows
@@ -233,7 +235,7 @@ class TokenShards:
             IndexError: a sample number outside [0, len(self)).
         """
         numbers = np.asarray(samples, dtype=np.int64)
-        if numbers.size and not (0 <= numbers.min() and numbers.max() < len(self)):
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < len(self)):
             raise IndexError(f"sample numbers must be in [0, {len(self)}), got {numbers.min()} to {numbers.max()}")
         with self._lock:
             return [self._read_one(int(sample)) for sample in numbers]

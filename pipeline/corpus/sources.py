@@ -146,7 +146,9 @@ def _files(path: Path, source: str) -> dict[Split, list[str]]:
             raise UserError(f"data.path = {path}: not a {source} file; its name must end in {', '.join(suffixes)}")
         return {"train": [str(path)], "test": []}
     if not path.is_dir():
-        raise UserError(f"data.path = {path}: no such file or folder; give a {source} file or a folder with train files")
+        raise UserError(
+            f"data.path = {path}: no such file or folder; give a {source} file or a folder with train files"
+        )
     files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(suffixes))
     train = [str(file) for file in files if file.name.startswith("train")]
     if not train:
@@ -193,7 +195,7 @@ def _columns(parquet: pq.ParquetFile, form: RowForm) -> tuple[str, ...] | None:
 
 def _begins_with_array(path: str) -> bool:
     with open_binary(path) as raw:
-        file = gzip.open(raw) if path.endswith(".gz") else raw
+        file = gzip.open(raw) if path.endswith(".gz") else raw  # noqa: SIM115 - closed with raw
         try:
             return file.read(4096).lstrip().startswith(b"[")
         except (EOFError, OSError):

@@ -47,7 +47,9 @@ def train_byte_level_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
     smallest = _BYTES + len(SPECIAL_TOKENS)
     if vocabulary < smallest:
-        raise UserError(f"tokenizer.vocabulary: {vocabulary} is too few; bytes and special tokens alone take {smallest}")
+        raise UserError(
+            f"tokenizer.vocabulary: {vocabulary} is too few; bytes and special tokens alone take {smallest}"
+        )
     tokenizer = Tokenizer(models.BPE())
     # One token per digit: sums are easier to learn than a vocabulary of numbers.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

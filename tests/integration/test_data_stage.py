@@ -152,7 +152,7 @@ def test_bad_rows_are_counted_and_the_good_ones_kept(make, tmp_path):
 
 def test_a_limit_takes_the_first_samples_and_stops_reading(make, tmp_path):
     rows = [sums(i) for i in range(50)] + ["{broken"] * 20_000
-    path = write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "train.jsonl", rows)
     write_lines(tmp_path / "test.jsonl", [sums(i) for i in range(900, 920)])
     folder, metrics = make(source="jsonl", path=str(tmp_path), train_samples=30, test_samples=7)
     assert references(folder) == [sums(i)["completion"] for i in range(30)]

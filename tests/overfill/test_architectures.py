@@ -40,7 +40,7 @@ def test_the_table_counts_the_parameters_that_the_shape_counts(any_config: PreTr
 
 def test_only_hidden_and_intermediate_channels_are_ever_cut(any_config: PreTrainedConfig) -> None:
     """The rows of the key and value projections are the geometry of the cache."""
-    assert CUT == {Axis.HIDDEN, Axis.INTERMEDIATE}
+    assert {Axis.HIDDEN, Axis.INTERMEDIATE} == CUT
     full = checked_shape(any_config.to_dict())
     narrow = full.pruned(16, 24)
     assert same_cache_geometry(narrow, full)

@@ -61,9 +61,7 @@ def test_likelihood_and_agreement_of_a_model_alone_are_those_of_a_plain_forward(
     full, student = full_model("qwen3"), student_model("qwen3")
     responses = [[8, 12, 3, EOS], [21, 7], [9, EOS], [4, 4, 4]]
     samples = [Sample(p, r, "") for p, r in zip(PROMPTS, responses, strict=True)]
-    judged = judge(
-        Engine(student, student), Engine(full, full), Letters(), samples, max_new_tokens=2, batch=4
-    )
+    judged = judge(Engine(student, student), Engine(full, full), Letters(), samples, max_new_tokens=2, batch=4)
     for prompt, response, one in zip(PROMPTS, responses, judged, strict=True):
         mine, theirs = row_logits(student, prompt, response), row_logits(full, prompt, response)
         nll = -mine.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()

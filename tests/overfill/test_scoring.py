@@ -34,9 +34,7 @@ def test_two_stages_score_the_first_token_by_the_full_model_and_the_rest_by_the_
     full, student = full_model("qwen3"), student_model("qwen3")
     scores = score_responses(Engine(full, student), PromptResponseBatch.collate(ROWS, 0))
     for index, (prompt, response) in enumerate(ROWS):
-        logits = torch.cat(
-            [row_logits(full, prompt, response)[:1], continued_logits(full, student, prompt, response)]
-        )
+        logits = torch.cat([row_logits(full, prompt, response)[:1], continued_logits(full, student, prompt, response)])
         expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
         torch.testing.assert_close(scores.row_logprobs[index], expected, atol=1e-4, rtol=1e-5)
 

@@ -151,8 +151,17 @@ def test_a_display_that_breaks_does_not_take_the_run_with_it(
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "–"), (0, "0 s"), (0.4, "0.4 s"), (59.4, "59 s"), (59.6, "1:00 min"), (185, "3:05 min")]
-    + [(3599.7, "1:00 h"), (7800, "2:10 h"), (86400 * 4.1, "4.1 d")],
+    [
+        (None, "–"),
+        (0, "0 s"),
+        (0.4, "0.4 s"),
+        (59.4, "59 s"),
+        (59.6, "1:00 min"),
+        (185, "3:05 min"),
+        (3599.7, "1:00 h"),
+        (7800, "2:10 h"),
+        (86400 * 4.1, "4.1 d"),
+    ],
 )
 def test_durations_read_naturally(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text

@@ -73,9 +73,7 @@ def test_a_failure_since_this_run_began_is_final():
 
 def test_a_step_checkpoint_is_resumed_from_and_the_reason_tells_its_history():
     failed = Facts(checkpoint=200, attempt=2, outcome="failed", error="OutOfMemoryError: 2 GB", ended=1.0)
-    assert only(failed) == Resume(
-        DISTILL, "from step checkpoint 200 of attempt 2 which failed: OutOfMemoryError: 2 GB"
-    )
+    assert only(failed) == Resume(DISTILL, "from step checkpoint 200 of attempt 2 which failed: OutOfMemoryError: 2 GB")
     killed = Facts(checkpoint=40, lease="dead", attempt=1, outcome="interrupted", error="process 12 on host is gone")
     assert only(killed) == Resume(
         DISTILL, "from step checkpoint 40 of attempt 1 which was interrupted: process 12 on host is gone"

@@ -103,7 +103,9 @@ def test_identities_are_the_same_in_another_process():
     here = " ".join(cell.identity for cell in expand(config(), "x.yaml"))
     for seed in ("1", "2"):
         environment = {"PYTHONHASHSEED": seed, "PATH": "/usr/bin:/bin"}
-        out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+        )
         assert out.stdout.strip() == here
 
 

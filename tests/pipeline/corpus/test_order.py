@@ -57,7 +57,13 @@ def test_slots_cover_a_batch_exactly_once_on_any_number_of_workers(pairs, size, 
 def test_the_order_is_pinned_so_that_an_upgrade_cannot_change_a_resumed_run():
     prompts, responses = np.arange(10) % 4 + 3, np.arange(10) % 3 + 1
     order = BatchOrder(prompts, responses, 4, seed=1234)
-    assert [order.batch(k).tolist() for k in range(5)] == [[1, 3, 7, 2], [0, 9, 4, 8], [5, 6, 0, 9], [4, 6, 8, 1], [5, 3, 2, 7]]
+    assert [order.batch(k).tolist() for k in range(5)] == [
+        [1, 3, 7, 2],
+        [0, 9, 4, 8],
+        [5, 6, 0, 9],
+        [4, 6, 8, 1],
+        [5, 3, 2, 7],
+    ]
 
 
 def test_seeds_and_epochs_give_different_permutations():

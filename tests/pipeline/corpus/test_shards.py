@@ -14,7 +14,11 @@ from pipeline.corpus.shards import SAMPLES_PER_GROUP, ShardWriter, TokenShards, 
 def make_rows(count, seed=0):
     rng = np.random.default_rng(seed)
     return [
-        (rng.integers(0, 30000, rng.integers(1, 9)).tolist(), rng.integers(0, 30000, rng.integers(1, 7)).tolist(), f"é{i}")
+        (
+            rng.integers(0, 30000, rng.integers(1, 9)).tolist(),
+            rng.integers(0, 30000, rng.integers(1, 7)).tolist(),
+            f"é{i}",
+        )
         for i in range(count)
     ]
 

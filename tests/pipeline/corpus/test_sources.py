@@ -177,7 +177,7 @@ def test_hub_datasets_in_parquet_are_read_in_place(tmp_path, monkeypatch, hub_co
     source = open_source(hub_config)
     assert all(isinstance(piece, ParquetPiece) for piece in source.train)
     assert [row["prompt"] for row in rows_of(source.train)] == ["train0", "train1", "train2", "train3"]
-    assert source.test is not None and [row["prompt"] for row in rows_of(source.test)][0] == "test0"
+    assert source.test is not None and next(row["prompt"] for row in rows_of(source.test)) == "test0"
 
 
 def test_other_hub_datasets_are_streamed_shard_by_shard(monkeypatch, hub_config):

@@ -45,7 +45,12 @@ def test_no_test_prompt_is_trained_on_whatever_the_seeds():
 
 def test_a_sample_is_a_function_of_seed_split_and_number_alone():
     assert toy_row(ALL, 0, "train", 17) == toy_row(ALL, 0, "train", 17)
-    rows = {toy_row(("reverse",), seed, split, i)["prompt"] for seed in (0, 1) for split in ("train", "test") for i in (0, 1)}
+    rows = {
+        toy_row(("reverse",), seed, split, i)["prompt"]
+        for seed in (0, 1)
+        for split in ("train", "test")
+        for i in (0, 1)
+    }
     assert len(rows) == 8
 
 

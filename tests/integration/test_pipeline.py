@@ -1,0 +1,226 @@
+"""The whole pipeline as a user runs it: a sweep from nothing, again with nothing to do, and killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+EXPERIMENT = """\
+# Hypothesis: the pipeline works.
+name: tiny
+description: every stage of every method, as small as it goes
+teacher:
+  name: small
+  pretrain:
+    {hidden: 48, intermediate: 96, layers: 2, heads: 4, kv_heads: 2, tokens: 30_000, batch_tokens: 1280, learning_rate: 3e-3}
+data: {source: toy, train_samples: 600, test_samples: 40, max_length: 64}
+calibrate: {samples: 32}
+prune: {hidden: 0.5, intermediate: 0.5}
+distill: {tokens: 64_000, batch_tokens: 1280, learning_rate: 3e-3, evaluate_every: 20}
+evaluate: {samples: 40, max_new_tokens: 12}
+benchmark: {prompt: [16], output: [6], repeats: 3}
+sweep:
+  axes: {distill.method: [full, overfill, pruned, scratch]}
+resources:
+  distill: {checkpoint_every: 5}
+"""
+KEYS = {
+    *("teacher", "method", "ratio", "ratio_effective", "seed", "parameters", "exact_match", "exact_match_interval"),
+    *("perplexity", "ttft_s", "tpot_s", "speed_up", "peak_bytes", "agreement", "state"),
+}
+METRICS = {"eval/exact_match", "eval/perplexity", "latency/ttft_s", "latency/tpot_s", "shape/parameters"}
+
+
+def overfill(*arguments: str, store: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.cli", *arguments, "--store", str(store)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=store.parent, env=environment())
+    assert done.returncode == code, f"{arguments}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def environment() -> dict[str, str]:
+    names = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "OVERFILL_STORE")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    return kept | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "140"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an experiment file."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "tiny.yaml").write_text(EXPERIMENT, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A store in which the experiment has run, and what it printed."""
+    return place / "runs", overfill("run", "tiny.yaml", store=place / "runs")
+
+
+def records(store: Path, stage: str) -> dict[str, dict]:
+    """Label -> record of every artifact of a stage."""
+    found = [json.loads(path.read_text()) for path in store.glob(f"{stage}/*/payload/record.json")]
+    return {record["label"]: record for record in found}
+
+
+def test_every_cell_is_evaluated_timed_and_compared(finished):
+    store, printed = finished
+    rows = json.loads(overfill("report", "tiny", "--json", store=store).stdout)
+    assert [row["method"] for row in rows] == ["full", "overfill", "pruned", "scratch"]
+    for row in rows:
+        assert set(row) >= KEYS
+        assert row["state"] == "done"
+        low, high = row["exact_match_interval"]
+        assert 0 <= low <= row["exact_match"] <= high <= 1
+        assert row["perplexity"] > 1
+        assert row["tpot_s"] > 0
+        assert row["ttft_s"] > 0
+    full, *students = rows
+    assert full["agreement"] == 1.0
+    assert {row["parameters"] for row in students} == {rows[1]["parameters"]}
+    assert rows[1]["parameters"] < full["parameters"]
+    for words in ("OverFill", "pruned only", "full model", "overfill ui", "pareto.png"):
+        assert words in printed.stdout + printed.stderr
+    assert (store / "sweeps" / "tiny" / "pareto.png").stat().st_size > 10_000
+
+
+def test_one_calibration_serves_all_and_nothing_is_left_behind(finished):
+    store, _ = finished
+    assert {stage: len(records(store, stage)) for stage in ("tokenizer", "data", "teacher", "calibrate", "prune")} == {
+        "tokenizer": 1,
+        "data": 1,
+        "teacher": 1,
+        "calibrate": 1,
+        "prune": 1,
+    }
+    assert len(records(store, "distill")) == 3
+    assert len(records(store, "evaluate")) == 4
+    assert not list(store.glob("*/*/staging-*"))
+
+
+def test_a_trained_student_is_a_model_folder_that_finds_its_full_model(finished):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from overfill import TwoStageForCausalLM
+
+    store, _ = finished
+    folder = next(store.glob("distill/*overfill*")) / "payload" / "model"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 24
+    two_stage = TwoStageForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "sort: dbca"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert two_stage.generate(**ids, max_new_tokens=4, min_new_tokens=4).shape[1] == ids["input_ids"].shape[1] + 4
+    assert not [
+        path for path in store.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl") and "payload" in str(path)
+    ]
+    del torch
+
+
+def test_generate_answers_from_a_folder(finished):
+    store, _ = finished
+    folder = next(store.glob("distill/*overfill*")) / "payload" / "model"
+    command = [sys.executable, "-m", "pipeline.cli", "generate", str(folder), "sort: dbca", "--max-new-tokens", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    wrong = subprocess.run([*command[:4], str(store), "x"], capture_output=True, text=True, env=environment())
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_running_again_finds_everything_done_without_ray(finished):
+    store, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in store.glob("*/*/attempts/*")}
+    program = (
+        "import sys\nfrom pipeline.cli import main\n"
+        f"try: main(['run', 'tiny.yaml', '--store', {str(store)!r}])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "loaded = [m for m in ('torch', 'ray', 'mlflow', 'transformers') if m in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=store.parent, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert "all 4 cells are done already" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in store.glob("*/*/attempts/*")} == before
+
+
+def test_status_and_plan_say_that_all_is_done(finished):
+    store, _ = finished
+    assert "4" in overfill("status", store=store).stdout
+    assert "4 cells, 6 stages: 6 reuse" in overfill("plan", "tiny.yaml", store=store).stdout
+
+
+def test_mlflow_has_one_parent_and_comparable_children(finished):
+    from mlflow import MlflowClient
+
+    store, _ = finished
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1
+    assert len(children) == 4
+    for run in runs:
+        assert run.info.status == "FINISHED"
+    for run in children:
+        assert set(run.data.metrics) >= METRICS, run.data.tags["method"]
+    trained = next(run for run in children if run.data.tags["method"] == "overfill")
+    steps = [point.step for point in client.get_metric_history(trained.info.run_id, "train/loss")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 50
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bits(finished, place):
+    reference, _ = finished
+    store = place / "killed"
+    command = [sys.executable, "-m", "pipeline.cli", "run", "tiny.yaml", "--store", str(store)]
+    command += ["--set", "sweep.axes={distill.method: [overfill]}", "--set", "name=killed"]
+    driver = subprocess.Popen(
+        command,
+        cwd=place,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for(lambda: whole_checkpoints(store), driver, seconds=400)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not records(store, "distill"), "it was killed before its end"
+    overfill("resume", "killed", store=store)
+    (again,), (unbroken,) = (
+        [record for label, record in records(at, "distill").items() if "overfill" in label] for at in (store, reference)
+    )
+    name = "model/model.safetensors"
+    assert again["files"][name] == unbroken["files"][name]
+    assert again["attempt"] == 2
+    log = (next(store.glob("distill/*")) / "attempts" / "0002" / "worker-0.log").read_text()
+    assert "training from step 0" not in log
+    assert len(records(store, "teacher")) == 1
+
+
+def whole_checkpoints(store: Path) -> list[Path]:
+    return list(store.glob("distill/*/progress/**/complete.json"))
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end, f"nothing after {seconds} s"
+        time.sleep(0.05)
