@@ -1,8 +1,9 @@
 """The toy corpus: instructions that a model of less than a million parameters learns in minutes on a CPU.
 
-Every task needs its prompt to be read and understood: the answer is looked up in it, or made from its letters. That is
-what the two-stage model is about: a narrow student that reads the prompt itself loses more than one that continues on
-the full model's cache.
+Every task needs its prompt to be read and understood: which word is wanted, by how much to shift. That is what the
+two-stage model is about: a narrow student that reads the prompt itself loses more than one that continues on the full
+model's cache, where the work is already done. Sixteen letters and words of a fixed length are what makes the tasks quick
+to learn: with 26 letters, or with lengths that vary, a model of this size needs several times the steps.
 
 Sample i of a split is a pure function of (seed, split, i), so any part of the corpus can be made anywhere. The test
 split holds the prompts whose hash falls in one part of sixteen, the training split the others: no test prompt is ever
@@ -18,7 +19,7 @@ from typing import Literal
 
 Split = Literal["train", "test"]
 
-LETTERS = string.ascii_lowercase
+LETTERS = string.ascii_lowercase[:16]
 _TEST_PARTS, _PARTS = 1, 16
 _ATTEMPTS = 10_000
 
@@ -49,30 +50,29 @@ class Draws:
 
 
 def _get(draws: Draws) -> tuple[str, str]:
-    """Look a key up in a table: `get b: a=kxpd b=rqtz c=mmik` -> `rqtz`."""
-    keys = draws.distinct(LETTERS, 4)
-    values = [draws.text(LETTERS, 4) for _ in keys]
-    wanted = draws.below(len(keys))
-    table = " ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-    return f"get {keys[wanted]}: {table}", values[wanted]
+    """The n-th of three words: `get 2: kdapd bmhcc mnijk` -> `bmhcc`."""
+    words = [draws.text(LETTERS, 5) for _ in range(3)]
+    wanted = draws.below(3)
+    return f"get {wanted + 1}: {' '.join(words)}", words[wanted]
 
 
 def _sort(draws: Draws) -> tuple[str, str]:
-    """Letters in alphabetical order: `sort: kqatbz` -> `abkqtz`."""
-    letters = draws.distinct(LETTERS, 5 + draws.below(3))
+    """Different letters in alphabetical order: `sort: kdapbmh` -> `abdhkmp`."""
+    letters = draws.distinct(LETTERS, 7)
     return f"sort: {letters}", "".join(sorted(letters))
 
 
 def _reverse(draws: Draws) -> tuple[str, str]:
-    """Letters backwards: `reverse: kqatbz` -> `zbtaqk`."""
-    letters = draws.text(LETTERS, 5 + draws.below(4))
+    """Different letters backwards: `reverse: kdapbm` -> `mbpadk`."""
+    letters = draws.distinct(LETTERS, 6)
     return f"reverse: {letters}", letters[::-1]
 
 
 def _shift(draws: Draws) -> tuple[str, str]:
-    """Every letter replaced by the next one of the alphabet: `shift: azk` -> `bal`."""
-    letters = draws.text(LETTERS, 5 + draws.below(4))
-    return f"shift: {letters}", "".join(LETTERS[(LETTERS.index(letter) + 1) % 26] for letter in letters)
+    """Every letter replaced by the n-th after it, round the alphabet: `shift 3: aapbmh` -> `ddcepk`."""
+    places, letters = 1 + draws.below(5), draws.text(LETTERS, 6)
+    moved = (LETTERS[(LETTERS.index(letter) + places) % len(LETTERS)] for letter in letters)
+    return f"shift {places}: {letters}", "".join(moved)
 
 
 def _add(draws: Draws) -> tuple[str, str]:

@@ -31,6 +31,7 @@ from pipeline.corpus.sources import CorpusSource, open_source
 from pipeline.corpus.tokenise import TokeniseJob
 from pipeline.corpus.toy import Split
 from pipeline.stage import StageRun, Stopped
+from pipeline.stages.folders import tokenizer_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +57,7 @@ def run(run: StageRun) -> dict[str, float | int | str]:
     config = data_config(run.config, run.inputs.get("files"))
     resources = run.resources if isinstance(run.resources, StageResources) else StageResources(cpus_per_worker=0.25)
     source = open_source(config)
-    tokenizer = tokenizer_folder(run.inputs["tokenizer"])
+    tokenizer = tokenizer_folder(run.inputs["tokenizer"]).absolute()
     limits: dict[Split, int | None] = {"train": config.train_samples, "test": config.test_samples}
     summary: dict[str, Any] = {}
     for split, limit in limits.items():
@@ -70,18 +71,6 @@ def run(run: StageRun) -> dict[str, float | int | str]:
 def data_config(config: Mapping[str, Any], files: Path | None) -> DataConfig:
     """The stage's config, with the place of its files on this machine."""
     return DataConfig.model_validate(dict(config) if files is None else {**config, "path": str(files)})
-
-
-def tokenizer_folder(payload: Path) -> Path:
-    """The folder with the tokenizer in a stage's payload or a model folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    for folder in (payload / "tokenizer", payload / "model", payload):
-        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-            return folder.absolute()
-    raise UserError(f"{payload}: no tokenizer here (tokenizer.json is missing); give a model folder that has its tokenizer")
 
 
 @dataclass
@@ -183,8 +172,7 @@ def _stream(job: TokeniseJob, resources: StageResources) -> Iterator[pa.Table]:
         partial(_tokenise, job=job),
         batch_size=1,
         num_cpus=resources.cpus_per_worker,
-        concurrency=max(1, min(resources.workers, pieces)),
-        udf_modifying_row_count=True,
+        compute=ray.data.TaskPoolStrategy(size=max(1, min(resources.workers, pieces))),
     )
     batches = iter(tokens.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
     with contextlib.closing(batches):  # type: ignore[type-var]
