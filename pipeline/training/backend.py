@@ -1,23 +1,31 @@
-"""What Ray Train does to its workers before the training function runs.
+"""Ray Train, started with less.
 
-Ray's own `TorchConfig` imports torch in the driver and in the controller, 2 s of a core each, to call
-`init_process_group` in every worker. Here the backend only tells the workers where to meet; the workers, which need
-torch anyway, join the process group themselves (`pipeline.training.distributed`). It also leaves out two helper actors
-that serve features not used here (each is a process of its own): the manager of `datasets=`, because every worker
-streams its own part (`pipeline.training.stream`), and, where Ray runs without its dashboard, the placement group
-cleaner, which asks the dashboard whether the controller lives and otherwise only repeats that it cannot.
+A run of Ray Train begins with a controller process, helper actors and the workers; each is a Python that imports Ray
+and pandas for 2 s of a core, and `TorchConfig` adds torch to all of them to call `init_process_group`. On a laptop that
+is most of a short stage. Here
+
+- the controller runs in the process that calls `fit`, if that is an actor (a Tune trial is one);
+- the backend only tells the workers where to meet: they need torch anyway and join the process group themselves;
+- two helper actors are left out: the manager of `datasets=`, because every worker streams its own part
+  (`pipeline.training.stream`), and, where Ray runs without a dashboard, the placement group cleaner, which asks the
+  dashboard whether the controller lives and otherwise only repeats that it cannot.
+
+Measured on two cores, from `fit` to the training function, second run of a cluster: 12.3 s as Ray Train comes, 5.2 s
+with its controller as an actor.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import BackendConfig
+from ray.train import BackendConfig, Result
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
@@ -45,7 +53,14 @@ class RendezvousConfig(BackendConfig):
 
 
 class Trainer(DataParallelTrainer):
-    """Ray Train's trainer without the helper actors that nothing here uses."""
+    """Ray Train's trainer without the processes that nothing here uses."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        if ray.get_runtime_context().get_actor_id() is None:
+            return super()._initialize_and_run_controller(**arguments)  # workers want an actor as their controller
+        controller = TrainController(**arguments)
+        asyncio.run(controller.run())
+        return controller.get_result()
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = {"DatasetsCallback"} if not self.datasets else set()
