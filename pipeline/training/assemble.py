@@ -40,7 +40,7 @@ class Learner:
     seed: int
     """Seed of the data order."""
     model: PreTrainedModel
-    """The model that is trained, in fp32 on the CPU."""
+    """The model that is trained, on the CPU."""
     objective: Objective
     full: Callable[[EngineSettings], FullModel | None]
     """Loads the full model."""

@@ -52,12 +52,11 @@ def train_in(run: StageRun, resources: StageResources, place: Place, services: S
 
 def _student(run: StageRun, config: DistillConfig, seed: int) -> PreTrainedModel:
     """The cut student, or for `scratch` one of its shape with random weights."""
-    folder = model_folder(run.inputs["student"])
-    # Training starts from fp32, so that in bf16 too the master weights are what the folder holds.
+    folder, dtype = model_folder(run.inputs["student"]), DTYPES[config.dtype]
     if config.method == "scratch":
         full_config = read_config(model_folder(run.inputs["teacher"]))
-        return random_student(full_config, read_manifest(folder).widths, seed, torch.float32)
-    return load_student(folder, dtype=torch.float32)
+        return random_student(full_config, read_manifest(folder).widths, seed, dtype)
+    return load_student(folder, dtype=dtype)
 
 
 def _objective(run: StageRun, config: DistillConfig, place: Place) -> Objective:

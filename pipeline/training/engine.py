@@ -63,17 +63,16 @@ class StudentEngine:
         self.settings = settings
         self.clip = config.clip
         self.plain = settings.effective_stage == 0
-        module.to(device=device, dtype=DTYPES[settings.dtype])
+        _cast_parameters(module, DTYPES[settings.dtype])
         optimizer = torch.optim.AdamW(
             _parameter_groups(module, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
         )
+        options = deepspeed_config(module, settings, clip=0.0 if self.plain else config.clip)
+        _place(module, settings.effective_stage, options, device)
         self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(module, settings, clip=0.0 if self.plain else config.clip),
-            dist_init_required=False,
+            model=module, optimizer=optimizer, config=options, dist_init_required=False
         )
         self._create_state()
 
@@ -177,13 +176,13 @@ class StudentEngine:
 
 def frozen_engine(module: nn.Module, settings: EngineSettings, device: torch.device) -> tuple[Any, nn.Module]:
     """(what to call, the module) of a model that is only read: sharded over the workers under ZeRO stage 3."""
-    module.requires_grad_(False)
-    module.to(device=device, dtype=DTYPES[settings.dtype]).eval()
+    module.requires_grad_(False).eval()
+    _cast_parameters(module, DTYPES[settings.dtype])
     if settings.zero_stage < 3 or settings.workers == 1:
-        return module, module
-    engine, *_ = import_deepspeed().initialize(
-        model=module, config=deepspeed_config(module, settings, clip=0.0), dist_init_required=False
-    )
+        return module.to(device), module
+    options = deepspeed_config(module, settings, clip=0.0)
+    _place(module, settings.zero_stage, options, device)
+    engine, *_ = import_deepspeed().initialize(model=module, config=options, dist_init_required=False)
     engine.eval()
     return engine, engine.module
 
@@ -196,6 +195,23 @@ def whole_parameter(parameter: Tensor) -> Any:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a worker holds only its share of the parameter."""
     return hasattr(parameter, "ds_id")
+
+
+def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters, but not buffers: rotary frequencies in bf16 would misplace distant tokens."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _place(module: nn.Module, zero_stage: int, options: dict[str, Any], device: torch.device) -> None:
+    """Move a module to the device; under ZeRO stage 3 parameter by parameter, each worker keeping its share."""
+    if zero_stage < 3:
+        module.to(device)
+        return
+    import_deepspeed().zero.Init(module=module, config_dict_or_path=options)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
 
 
 def _share(whole: Tensor, size: int, rank: int) -> Tensor:

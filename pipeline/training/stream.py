@@ -1,9 +1,9 @@
 """Token shards -> the batches of one worker, from any step on, through Ray Data.
 
 Ray Data has no training iterator that can be resumed (ray#37633), so nothing is resumed here: the data set is the steps
-from the first wanted one on, and a read task turns step numbers into token ids (`pipeline.training.datasource`). Batch k is thereby a
-function of (shards, seed, k) alone (`pipeline.corpus.order`), whatever ran before and on however many workers; the
-order of blocks is kept (`preserve_order`), and the reader checks that the step it gets is the one it expects.
+from the first wanted one on, and a read task turns step numbers into token ids (`pipeline.training.datasource`). Batch
+k is thereby a function of (shards, seed, k) alone (`pipeline.corpus.order`), whatever ran before and on however many
+workers; the order of blocks is kept, and the reader checks that the step it gets is the one it expects.
 
 Every worker streams its own rows. Tasks ask for a small share of a CPU, one at a time, so that workers that hold the
 CPUs and wait for data cannot starve the tasks that make the data. Several small steps share a block, so that Ray's cost

@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly
+from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly, tiny_model
 
 from overfill.batch import PromptResponseBatch
 from overfill.checkpoint import load_full_model, load_student, read_manifest
 from overfill.distillation import DistillationModel, teacher_pass
 from overfill.importance import ImportanceScores
-from pipeline.config_training import DistillConfig
+from pipeline.config_training import DistillConfig, TrainingConfig
 from pipeline.corpus.order import BatchOrder, sequences_per_batch
 from pipeline.corpus.shards import TokenShards
 from pipeline.stage import StageRun
 from pipeline.training import checkpoints
+from pipeline.training.deepspeed_config import EngineSettings
 from pipeline.training.distributed import Place
+from pipeline.training.engine import WEIGHT, StudentEngine
 from pipeline.training.schedule import learning_rate
 from pipeline.training.session import Services, steps_root
 from pipeline.training.stream import StepRows, StreamPlan
@@ -104,6 +106,20 @@ def test_a_step_with_more_micro_batches_and_activation_checkpointing_learns_the_
     train(large, one_worker)
     train(small, one_worker)
     assert_same(weights(large), weights(small), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_bf16_rounds_weights_but_not_rotary_frequencies(zero_stage: int, one_worker: Place) -> None:
+    config = TrainingConfig(dtype="bf16")
+    settings = EngineSettings(workers=1, zero_stage=zero_stage, dtype="bf16", micro_batch=1, accumulation=1)
+    expected = tiny_model()
+    engine = StudentEngine(tiny_model(), config, settings, one_worker.device)
+    frequencies = engine.module.get_buffer("model.rotary_emb.inv_freq")
+    assert torch.equal(frequencies, expected.get_buffer("model.rotary_emb.inv_freq"))
+    for name, parameter in engine.parameters():
+        assert parameter.dtype == torch.bfloat16
+        rounded = expected.get_parameter(name).to(torch.bfloat16).float()
+        assert torch.equal(engine.read(parameter, WEIGHT).reshape(rounded.shape), rounded)
 
 
 class Interrupted(Exception):
