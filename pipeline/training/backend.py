@@ -64,12 +64,13 @@ class Trainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = {"DatasetsCallback"} if not self.datasets else set()
-        if not _dashboard_runs():
+        if not dashboard_runs():
             unused.add("PlacementGroupCleanerCallback")
         return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in unused]
 
 
-def _dashboard_runs() -> bool:
+def dashboard_runs() -> bool:
+    """Whether the connected Ray has a dashboard, as clusters do and a Ray of our own on one machine does not."""
     from ray._private.worker import get_dashboard_url
 
     return ray.is_initialized() and bool(get_dashboard_url())

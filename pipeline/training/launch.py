@@ -21,23 +21,26 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from overfill.errors import UserError
 from pipeline.config import StageResources
 from pipeline.stage import StageRun
-from pipeline.training.backend import RendezvousConfig, Trainer
+from pipeline.training.backend import RendezvousConfig, Trainer, dashboard_runs
 from pipeline.training.datasource import CPUS_PER_TASK
 from pipeline.training.resources import StopFile, stage_resources
 
 STOP_FILE = "stop"
 STOP_POLL_S = 0.5
-CONTROLLER_FAILURES = 30
-"""Each is a minute of waiting for CPUs that other runs hold, so this is half an hour."""
+CONTROLLER_FAILURES = 240
+"""Each is a minute of waiting for CPUs that other runs hold, so this is four hours."""
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 RAY_TRAIN_ENVIRONMENT = {
     # Ray polls workers every 2 s by default, and a report waits for the next poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Metrics for Prometheus, and a watcher process for nodes that are being reclaimed: not used.
+    # Metrics for Prometheus.
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Paths are absolute here, and a worker's folder is no place for results.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+ON_ONE_MACHINE = {
+    # A process that watches for nodes that are being reclaimed.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
@@ -50,8 +53,9 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
 
     Raises UserError when the cluster can never hold the workers, TrainingFailed for what outlived the retries."""
     resources = stage_resources(run)
-    check_cluster(resources, ray.cluster_resources(), run.stage.name)
-    os.environ.update({key: value for key, value in RAY_TRAIN_ENVIRONMENT.items() if key not in os.environ})
+    check_cluster(resources, largest_cluster(), run.stage.name)
+    for name, value in (RAY_TRAIN_ENVIRONMENT | ({} if dashboard_runs() else ON_ONE_MACHINE)).items():
+        os.environ.setdefault(name, value)
     name = run.stage.identity
     (run.progress / name / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     stop = StopFile(run.progress / STOP_FILE)
@@ -105,6 +109,15 @@ def worker_bundle(resources: StageResources) -> dict[str, float]:
     if resources.gpus_per_worker:
         bundle["GPU"] = resources.gpus_per_worker
     return bundle
+
+
+def largest_cluster() -> dict[str, float]:
+    """What the cluster has, or may grow to where an autoscaler says so."""
+    from ray._private.state import state
+
+    limits = state.get_max_resources_from_cluster_config() or {}
+    now = ray.cluster_resources()
+    return {kind: max(now.get(kind, 0.0), float(limits.get(kind, 0.0))) for kind in now.keys() | limits.keys()}
 
 
 def check_cluster(resources: StageResources, cluster: dict[str, float], stage: str) -> None:

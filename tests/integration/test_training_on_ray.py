@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray import cloudpickle
 from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly
@@ -32,6 +33,14 @@ pytestmark = pytest.mark.integration
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
 
 KILL_AT = 7
+
+
+@ray.remote(num_cpus=0.01)
+class Trial:
+    """An actor that starts training, as a Tune trial does."""
+
+    def fit(self, function: Callable[[dict[str, Any]], dict[str, Any]], run: StageRun) -> dict[str, Any]:
+        return run_workers(function, run)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +149,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_bit_for_bit_as_an_unbroken
         with process_group(0, threads=1) as place:
             return train_in(arguments["run"], run.resources, place, Services(stream=killed_once))
 
-    result = run_workers(distill_killed, run)
+    result = ray.get(Trial.remote().fit.remote(distill_killed, run))
     assert marker.exists()
     assert result["step"] == 12
 
