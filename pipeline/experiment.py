@@ -25,6 +25,7 @@ from pipeline.store import Store
 from pipeline.sweep import Cell, expand
 
 if TYPE_CHECKING:
+    from pipeline.cluster import Capacity
     from pipeline.tune import Outcome
 
 DEFAULT_STORE = "./runs"
@@ -126,7 +127,7 @@ def run_missing(
     experiment: Experiment, store: Store, address: str | None, console: Console, continue_stopped: bool = False
 ) -> list[Outcome]:
     """Run what is missing of the experiment, on a cluster at `address` or on this machine."""
-    from pipeline.cluster import check_fits, concurrent_cells, connected
+    from pipeline.cluster import check_fits, connected
     from pipeline.progress import Progress
     from pipeline.tracking import Tracker
 
@@ -136,13 +137,28 @@ def run_missing(
         check_fits(experiment.config, has)
         stack.enter_context(Tracker(store, experiment.config, experiment.cells))
         stack.enter_context(Progress(store, experiment.cells, console))
-        from pipeline.tune import run_cells  # imports ray.tune: only when there is something to run
+        return _accuracy_then_latency(experiment, store, has, continue_stopped)
 
-        return run_cells(
-            experiment.cells,
-            store.root,
-            experiment.config.resources,
-            concurrent_cells(experiment.config, has, len(experiment.cells)),
-            experiment.config.sweep.asha,
-            continue_stopped,
-        )
+
+def _accuracy_then_latency(
+    experiment: Experiment, store: Store, has: Capacity, continue_stopped: bool
+) -> list[Outcome]:
+    """All cells up to their accuracy, then the latency of those that got there.
+
+    A benchmark has its device to itself, so among training cells it would make every core wait for the slowest one."""
+    from pipeline.cluster import concurrent_cells
+    from pipeline.tune import run_cells  # imports ray.tune: only when there is something to run
+
+    config, outcomes = experiment.config, {}
+    for leaf in ("evaluate", "benchmark"):
+        alive = [
+            cell for cell in experiment.cells if cell.index not in outcomes or outcomes[cell.index].state == "done"
+        ]
+        missing = [cell for cell in alive if store.record(cell.stage(leaf)) is None]
+        if missing:
+            at_once = concurrent_cells(config, has, len(missing))
+            found = run_cells(
+                missing, store.root, config.resources, at_once, (leaf,), config.sweep.asha, continue_stopped
+            )
+            outcomes |= {outcome.cell: outcome for outcome in found}
+    return list(outcomes.values())

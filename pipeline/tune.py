@@ -60,6 +60,7 @@ class _Job:
     asha: AshaConfig | None
     continue_stopped: bool
     since: float
+    leaves: tuple[str, ...]
 
 
 def run_cells(
@@ -67,11 +68,13 @@ def run_cells(
     store_root: Path,
     resources: ResourcesConfig,
     concurrent: int,
+    leaves: tuple[str, ...],
     asha: AshaConfig | None = None,
     continue_stopped: bool = False,
 ) -> list[Outcome]:
-    """Run every cell; a failing one does not take the others with it."""
-    job = _Job({cell.index: cell for cell in cells}, store_root, resources, asha, continue_stopped, time.time())
+    """Run every cell up to its stages of the names `leaves`; a failing one does not take the others with it."""
+    by_index = {cell.index: cell for cell in cells}
+    job = _Job(by_index, store_root, resources, asha, continue_stopped, time.time(), leaves)
     # A sliver of the head node: a trial only waits, and must not be on a node that may be taken away.
     place = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     tuner = tune.Tuner(
@@ -106,7 +109,7 @@ def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
     if job.asha is not None:
         reporter.start()
     try:
-        outcome = _run(cell, store, context)
+        outcome = _run(cell, store, context, job.leaves)
     finally:
         done.set()
     if job.asha is not None:
@@ -114,9 +117,9 @@ def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
     return {"outcome": asdict(outcome)}
 
 
-def _run(cell: Cell, store: Store, context: RunContext) -> Outcome:
+def _run(cell: Cell, store: Store, context: RunContext, leaves: tuple[str, ...]) -> Outcome:
     try:
-        run_graph(cell.stages, store, context, targets=cell.leaves)
+        run_graph(cell.stages, store, context, targets=[leaf for leaf in cell.leaves if leaf.name in leaves])
     except StageFailed as failure:
         return Outcome(cell.index, "failed", f"{failure.stage.name}: {failure.cause}", str(failure.log))
     except StageStopped as stopped:

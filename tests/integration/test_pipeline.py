@@ -224,3 +224,14 @@ def wait_for(condition, process: subprocess.Popen, seconds: float) -> None:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < end, f"nothing after {seconds} s"
         time.sleep(0.05)
+
+
+def test_a_failing_cell_is_told_with_its_reason_and_leaves_the_others_alone(finished):
+    store, _ = finished
+    axes = "sweep.axes={distill.method: [full], benchmark.prompt: [[12], [4000]]}"
+    command = ("run", "tiny.yaml", "--set", "name=broken", "--set", axes)
+    done = overfill(*command, store=store, code=1)
+    assert "benchmark: prompt + output is 4006 tokens, the models have" in " ".join(done.stderr.split())
+    rows = json.loads(overfill("report", "broken", "--json", store=store).stdout)
+    assert [row["state"] for row in rows] == ["done", "unfinished"]
+    assert "failed" in overfill("status", "broken", store=store).stdout

@@ -1,0 +1,66 @@
+"""Early stopping: who competes with whom, and that a decision is a request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from synthetic_store import toy_cells
+
+from pipeline.config import AshaConfig, ResourcesConfig
+from pipeline.store import Store
+from pipeline.tune import RUNG_METRIC, STOP_FILE, CooperativeAsha, _Job, request_stop
+
+
+@pytest.fixture
+def cells() -> list[Any]:
+    return [
+        cell
+        for cell in toy_cells(distill={"tokens": 100_000, "batch_tokens": 100})
+        if cell.stage("distill") is not None
+    ]
+
+
+def scheduler(cells: list[Any], root: Any) -> CooperativeAsha:
+    asha = AshaConfig(grace_steps=10, reduction=2)
+    job = _Job({cell.index: cell for cell in cells}, root, ResourcesConfig(), asha, False, 0.0, ("evaluate",))
+    return CooperativeAsha(asha, job)
+
+
+def trial(index: int) -> Any:
+    return SimpleNamespace(config={"cell": index}, trial_id=f"trial-{index}", is_finished=lambda: False)
+
+
+def report(asha: CooperativeAsha, who: Any, step: int, nll: float) -> str:
+    return asha.on_trial_result(None, who, {"step": step, RUNG_METRIC: nll, "training_iteration": step})
+
+
+def test_a_worse_cell_of_the_same_group_is_asked_to_stop_and_not_killed(cells, tmp_path):
+    cell, store = cells[0], Store(tmp_path)
+    twin = SimpleNamespace(**{name: getattr(cell, name) for name in ("teacher", "widths", "method", "seed", "config")})
+    twin.index, twin.stage = 99, cell.stage
+    store.create(cell.stage("distill"))
+    asha = scheduler([cell, twin], tmp_path)
+    better, worse = trial(cell.index), trial(99)
+    for one in (better, worse):
+        asha.on_trial_add(None, one)
+    assert report(asha, better, 10, 1.0) == asha.CONTINUE
+    assert not (store.progress(cell.stage("distill")) / STOP_FILE).exists()
+    assert report(asha, worse, 10, 2.0) == asha.CONTINUE, "a request, not a kill"
+    assert "step 10" in (store.progress(cell.stage("distill")) / STOP_FILE).read_text()
+
+
+def test_cells_of_other_ratios_methods_or_seeds_do_not_compete(cells, tmp_path):
+    store = Store(tmp_path)
+    asha = scheduler(cells, tmp_path)
+    for place, cell in enumerate(cells):
+        store.create(cell.stage("distill"))
+        asha.on_trial_add(None, trial(cell.index))
+        report(asha, trial(cell.index), 10, 1.0 + place)
+    assert not list(tmp_path.rglob(STOP_FILE))
+
+
+def test_a_stop_can_only_be_asked_of_a_stage_that_has_begun(cells, tmp_path):
+    request_stop(cells[0], Store(tmp_path), "because")
+    assert not list(tmp_path.rglob(STOP_FILE))
