@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -139,6 +141,14 @@ def _result(outcome: Outcome, seconds: float) -> dict[str, Any]:
     position = outcome.position
     metrics: dict[str, float | int] = dict(position.metrics)
     metrics |= {"train/steps": position.step, "train/tokens": position.tokens, "train/seconds": seconds}
+    metrics["train/peak_bytes"] = _peak_bytes()
     if position.best_nll is not None and position.best_step is not None:
         metrics |= {"validation/best_nll": position.best_nll, "validation/best_step": position.best_step}
     return {"metrics": metrics, "stopped": outcome.stopped, "step": position.step}
+
+
+def _peak_bytes() -> int:
+    """Most memory this worker held: of its GPU's allocator, or resident on the CPU (libraries included)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

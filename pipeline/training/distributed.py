@@ -77,6 +77,7 @@ def joined(
         WORLD_SIZE=str(place.workers),
         LOCAL_RANK=str(local_rank),
         LOCAL_WORLD_SIZE=str(local_workers),
+        LOCAL_SIZE=str(local_workers),  # without it DeepSpeed runs `numactl` at every reduction on a CPU
     )
     dist.init_process_group(
         "nccl" if place.device.type == "cuda" else "gloo",

@@ -15,7 +15,7 @@ Full model. Under ZeRO stage 3 it is an engine of its own without an optimizer, 
 of it; below, a plain module in evaluation mode.
 
 On a machine without a GPU no kernel is compiled: the optimizer is torch's, and DeepSpeed's shared-memory collectives,
-which would be built at first use, are declared unavailable.
+which would be built at first use, are declared incompatible.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def import_deepspeed() -> Any:
 
     logger.setLevel(logging.ERROR)
     if on_cpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Set before it is looked up, because looking it up tries the compiler on every kernel. None is compatible.
+        deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
     return deepspeed
 
 
