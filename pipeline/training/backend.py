@@ -71,6 +71,7 @@ class Trainer(DataParallelTrainer):
 
 def dashboard_runs() -> bool:
     """Whether the connected Ray has a dashboard, as clusters do and a Ray of our own on one machine does not."""
-    from ray._private.worker import get_dashboard_url
+    # `get_dashboard_url` names an address in actors even where the dashboard was left out.
+    from ray._private.services import get_webui_url_from_internal_kv
 
-    return ray.is_initialized() and bool(get_dashboard_url())
+    return bool(get_webui_url_from_internal_kv())
