@@ -2,7 +2,7 @@
 
     python benchmarks/data_memory.py [--megabytes 10] [--scales 1,10] [--workers 2]
 
-For each scale a corpus of JSON lines is written (distinct words, about 1 kB a row), and the data stage tokenises it on a
+For each scale a corpus of JSON lines is written (random words, about 1 kB a row), and the data stage tokenises it on a
 Ray cluster of its own with a small object store. Four times a second the private memory of the driver and of Ray's
 workers is read from /proc (Linux), and the pages of the object store that were ever written. Shown are the peaks: a
 table for people, then one JSON line.
@@ -28,7 +28,7 @@ WORDS_IN_ROW = 160
 
 def write_corpus(path: Path, size: int) -> int:
     """Write about `size` bytes of JSON lines; the number of rows."""
-    draw = random.Random(0)  # noqa: S311 - sample text
+    draw = random.Random(0)
     words = [f"{draw.randrange(16**5):05x}" for _ in range(20_000)]
     rows = 0
     with path.open("w") as file:

@@ -8,8 +8,8 @@ template writes after an assistant's text: it is not always the tokenizer's EOS 
 
 Every assistant turn of a conversation is a sample; its prompt is everything before it.
 
-A tokenizer that we trained ourselves gets `PLAIN_TEMPLATE`. A foreign tokenizer without a chat template is refused: what
-separates the turns in its training is known to its authors only, and must be said in `data.chat_template`.
+A tokenizer that we trained ourselves gets `PLAIN_TEMPLATE`. A foreign tokenizer without a chat template is refused:
+what separates the turns in its training is known to its authors only, and must be said in `data.chat_template`.
 """
 
 from __future__ import annotations

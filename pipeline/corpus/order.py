@@ -106,7 +106,7 @@ class BatchOrder:
         return pieces[0].copy() if len(pieces) == 1 else np.concatenate(pieces)
 
     def epoch(self, e: int) -> NDArray[np.int64]:
-        """[samples] sample numbers of epoch e in the order they are used; each occurs exactly once. Do not write to it."""
+        """[samples] sample numbers of epoch e in the order they are used, each exactly once. Read-only."""
         cached = self._epochs.get(e)
         if cached is None:
             cached = self._order_epoch(e)

@@ -31,6 +31,8 @@ RESULT_SCHEMA = pa.schema(
     ]
 )
 """`skipped` is null for a sample; else the reason, its `detail`, and the names of the row's `fields`."""
+UNREADABLE = "unreadable"
+"""In place of a reason: the piece cannot be read, and `detail` tells the user what to do."""
 
 T = TypeVar("T")
 
@@ -59,6 +61,12 @@ class TokeniseJob:
                 outcomes = [conversation] if isinstance(conversation, RowError) else next(encoded)
                 results += [_result(row, outcome) for outcome in outcomes]
             yield pa.Table.from_pylist(results, schema=RESULT_SCHEMA)
+
+
+def unreadable(message: str) -> pa.Table:
+    """One row that says that a piece cannot be read."""
+    row = {"prompt": [], "response": [], "reference": "", "skipped": UNREADABLE, "detail": message, "fields": ""}
+    return pa.Table.from_pylist([row], schema=RESULT_SCHEMA)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

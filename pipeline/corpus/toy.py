@@ -2,8 +2,8 @@
 
 Every task needs its prompt to be read and understood: which word is wanted, by how much to shift. That is what the
 two-stage model is about: a narrow student that reads the prompt itself loses more than one that continues on the full
-model's cache, where the work is already done. Sixteen letters and words of a fixed length are what makes the tasks quick
-to learn: with 26 letters, or with lengths that vary, a model of this size needs several times the steps.
+model's cache, where the work is already done. Sixteen letters and words of a fixed length make the tasks quick to
+learn: with 26 letters, or with lengths that vary, a model of this size needs several times the steps.
 
 Sample i of a split is a pure function of (seed, split, i), so any part of the corpus can be made anywhere. The test
 split holds the prompts whose hash falls in one part of sixteen, the training split the others: no test prompt is ever
@@ -70,7 +70,7 @@ def _reverse(draws: Draws) -> tuple[str, str]:
 
 def _shift(draws: Draws) -> tuple[str, str]:
     """Every letter replaced by the n-th after it, round the alphabet: `shift 3: aapbmh` -> `ddcepk`."""
-    places, letters = 1 + draws.below(5), draws.text(LETTERS, 6)
+    places, letters = 1 + draws.below(3), draws.text(LETTERS, 6)
     moved = (LETTERS[(LETTERS.index(letter) + places) % len(LETTERS)] for letter in letters)
     return f"shift {places}: {letters}", "".join(moved)
 

@@ -5,8 +5,9 @@ driver writes the blocks to disk as they come. `preserve_order` makes them come 
 sample numbers are given here, by counting; so the shards are the same bytes for any number of tasks, CPUs or blocks.
 
 Memory is bounded whatever the size of the corpus: a task holds one batch of rows, blocks are small (4 MiB), Ray Data
-holds back tasks whose blocks are not yet consumed, and the driver holds one block and one row group. The driver is the only
-writer because the store is a folder that not every worker need see; writing token ids is never the bottleneck.
+holds back tasks whose blocks are not yet consumed, and the driver holds a block or two and one row group. The driver is
+the only writer, so the store need not be a folder that all workers see; writing token ids is never the bottleneck.
+Local corpus files, on the other hand, must lie where every node sees them.
 
 A task reserves a quarter of a CPU, so that the stage gets on beside training that holds most of a small machine. Ray
 Data's tasks are started under the `SPREAD` strategy (its default), which keeps them out of the placement group of a
@@ -28,7 +29,7 @@ from overfill.errors import UserError
 from pipeline.config import DataConfig, StageResources
 from pipeline.corpus.shards import ShardWriter
 from pipeline.corpus.sources import CorpusSource, open_source
-from pipeline.corpus.tokenise import TokeniseJob
+from pipeline.corpus.tokenise import UNREADABLE, TokeniseJob, unreadable
 from pipeline.corpus.toy import Split
 from pipeline.stage import StageRun, Stopped
 from pipeline.stages.folders import tokenizer_folder
@@ -65,7 +66,9 @@ def run(run: StageRun) -> dict[str, float | int | str]:
         summary["end_of_turn"] = job.encoder().end_of_turn  # a bad template is found here, before any task
         summary[split] = _write_split(run, job, source, split, limit, resources)
     (run.staging / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
-    return {f"data/{split}_{name}": summary[split][name] for split in limits for name in ("samples", "tokens", "skipped")}
+    return {
+        f"data/{split}_{name}": summary[split][name] for split in limits for name in ("samples", "tokens", "skipped")
+    }
 
 
 def data_config(config: Mapping[str, Any], files: Path | None) -> DataConfig:
@@ -144,8 +147,8 @@ def _write_split(
 def _refuse_misread(source: CorpusSource, split: Split, count: SplitCount) -> None:
     if count.mostly_skipped:
         raise UserError(
-            f"{source.name}: {count.rows - count.samples:,} of the first {count.rows:,} rows of the {split} split cannot be "
-            f"used: {count.explain()}; see `data.columns` and `data.max_length`"
+            f"{source.name}: {count.rows - count.samples:,} of the first {count.rows:,} rows of the {split} split cannot "
+            f"be used: {count.explain()}; see `data.columns` and `data.max_length`"
         )
     if count.samples == 0:
         way_out = "raise `data.held_out`" if source.test is None and split == "test" else "check the files"
@@ -163,7 +166,9 @@ def _stream(job: TokeniseJob, resources: StageResources) -> Iterator[pa.Table]:
     import ray.data
 
     pieces = len(job.rows.pieces)
-    dataset = ray.data.from_items([{"piece": number} for number in range(pieces)], override_num_blocks=max(pieces, 1))
+    if not pieces:
+        return
+    dataset = ray.data.from_items([{"piece": number} for number in range(pieces)], override_num_blocks=pieces)
     context = dataset.context  # a copy of the process' own: nothing else that runs here is changed
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES
@@ -172,13 +177,28 @@ def _stream(job: TokeniseJob, resources: StageResources) -> Iterator[pa.Table]:
         partial(_tokenise, job=job),
         batch_size=1,
         num_cpus=resources.cpus_per_worker,
-        compute=ray.data.TaskPoolStrategy(size=max(1, min(resources.workers, pieces))),
+        compute=ray.data.TaskPoolStrategy(size=min(resources.workers, pieces)),
     )
     batches = iter(tokens.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
     with contextlib.closing(batches):  # type: ignore[type-var]
-        yield from batches
+        for table in batches:
+            yield _checked(table)
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    """The table, unless it carries a mistake of the user's that a task met, which is raised here."""
+    row = table.column("skipped").index(UNREADABLE).as_py()
+    if row >= 0:
+        raise UserError(table.column("detail")[row].as_py())
+    return table
 
 
 def _tokenise(batch: dict[str, NDArray[np.int64]], job: TokeniseJob) -> Iterator[pa.Table]:
+    """The task: tokenise pieces. Ray turns an exception into a traceback in words, so what the user can mend travels
+    as a row instead."""
     for piece in batch["piece"]:
-        yield from job.tables(int(piece))
+        try:
+            yield from job.tables(int(piece))
+        except UserError as error:
+            yield unreadable(str(error))
+            return

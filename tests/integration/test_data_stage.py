@@ -175,8 +175,15 @@ def test_a_hopeless_corpus_is_given_up_early(make, tmp_path):
 def test_a_damaged_archive_is_the_users_to_mend(make, tmp_path):
     path = Path(write_lines(tmp_path / "c.jsonl.gz", [sums(i) for i in range(500)]))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"c\.jsonl\.gz: cannot be unpacked"):
+    with pytest.raises(UserError, match=r"c\.jsonl\.gz: cannot be unpacked") as error:
         make(source="jsonl", path=str(path))
+    assert "\n" not in str(error.value), "a mistake of the user's is one line, not a traceback from a worker"
+
+
+def test_an_empty_parquet_file_is_the_users_to_mend(make, tmp_path):
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="the train split has no rows"):
+        make(source="parquet", path=str(tmp_path / "c.parquet"))
 
 
 def test_a_stop_leaves_no_index_behind(make, tmp_path):

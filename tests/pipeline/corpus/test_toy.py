@@ -59,7 +59,7 @@ def test_the_first_samples_are_pinned_so_that_a_corpus_never_changes_under_a_sta
         "get 2: edflb gpbeo dchmf",
         "sort: hijapnc",
         "reverse: nampdo",
-        "shift 3: dhieoj",
+        "shift 1: iilage",
         "add: 953 + 583",
     ]
 
