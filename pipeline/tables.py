@@ -24,7 +24,7 @@ METHOD_NAMES = {"full": "full model", "overfill": "OverFill", "pruned": "pruned 
 REPORT_FILE, ROWS_FILE = "report.md", "report.json"
 NOTHING = "–"
 COLUMNS = ("ratio", "method", "kept", "exact match %", "perplexity", "TTFT", "TPOT", "speed-up")
-DUEL_COLUMNS = ("OverFill / pruned", "difference in points", "OverFill is", "p")
+DUEL_COLUMNS = ("OverFill / pruned", "difference", "OverFill is", "p")
 LEFT = frozenset({"teacher", "method", "variant", "OverFill is"})
 """Columns that read as words."""
 
@@ -161,7 +161,7 @@ def _duel_table(found: Sequence[Duel]) -> Table:
     teachers, variants = len({duel.teacher for duel in found}) > 1, any(duel.variant for duel in found)
     columns = (*(("teacher",) if teachers else ()), "ratio", *(("variant",) if variants else ()), *DUEL_COLUMNS)
     rows = tuple(_duel_row(duel, teachers, variants) for duel in found)
-    return Table("OverFill against pruned only: exact match on the same samples", columns, rows)
+    return Table("OverFill against pruned only: exact match on the same samples, in points", columns, rows)
 
 
 def _duel_row(duel: Duel, teachers: bool, variants: bool) -> tuple[str, ...]:
