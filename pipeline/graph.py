@@ -20,11 +20,14 @@ from overfill.errors import UserError
 from overfill.shapes import ModelShape, PrunedWidths, resolve_widths
 from pipeline.config import DataConfig, ExperimentConfig, TeacherConfig
 from pipeline.fingerprint import digest_tree, identity_config
-from pipeline.machine import device_description, library_versions
+from pipeline.machine import device_description
+from pipeline.record import libraries
 from pipeline.stage import External, Stage
 
 SYSTEM = {"full": "full", "overfill": "overfill", "pruned": "student", "scratch": "student"}
 """Which system of an evaluation or a benchmark a method is."""
+LATENCY_LIBRARIES = ("python", "torch", "transformers")
+"""Libraries whose versions a latency depends on."""
 TOY_VOCABULARY = 48
 """Upper bound of the toy tokenizer's vocabulary, for parameter counts before it is made."""
 
@@ -198,6 +201,6 @@ def _benchmark(config: ExperimentConfig, inputs: dict[str, Input], label: str) -
         **identity_config(config.benchmark),
         "device": device_description(resources.gpus_per_worker),
         "threads": resources.threads,
-        "versions": library_versions(),
+        "versions": {name: version for name, version in libraries().items() if name in LATENCY_LIBRARIES},
     }
     return Stage("benchmark", 1, settings, inputs, "pipeline.stages.benchmark:run", label)

@@ -1,4 +1,4 @@
-"""What this machine is, as text: device, driver, library versions. No torch, no ray.
+"""What this machine is, as text: processor, GPUs and their driver. No torch, no ray.
 
 The latency benchmark's identity counts these, because a latency is a statement about a machine.
 """
@@ -9,22 +9,7 @@ import os
 import platform
 import subprocess
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
-
-LIBRARIES = ("torch", "transformers", "ray", "deepspeed", "mlflow", "datasets", "numpy")
-
-
-@lru_cache
-def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 @lru_cache
