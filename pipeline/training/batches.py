@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from overfill.batch import DUMMY_ROW, PromptResponseBatch
@@ -13,4 +15,5 @@ PAD_ID = 0
 
 def collate(rows: list[Row | None], device: torch.device) -> PromptResponseBatch:
     """A micro-batch; empty slots become rows that count for nothing."""
-    return PromptResponseBatch.collate([DUMMY_ROW if row is None else row for row in rows], PAD_ID).to(device)
+    filled: list[Any] = [DUMMY_ROW if row is None else row for row in rows]
+    return PromptResponseBatch.collate(filled, PAD_ID).to(device)

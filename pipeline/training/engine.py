@@ -118,9 +118,10 @@ class StudentEngine:
 
         if self.plain:
             return parameter.detach() if kind == WEIGHT else self.engine.optimizer.state[parameter][kind]
-        if kind == WEIGHT:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, kind)
+        whole: Any = (
+            safe_get_full_fp32_param(parameter) if kind == WEIGHT else safe_get_full_optimizer_state(parameter, kind)
+        )
+        return whole
 
     def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         """Set what `read` reads. Each worker passes the whole tensor and keeps its share.
@@ -138,7 +139,8 @@ class StudentEngine:
             if self.plain:
                 self.read(parameter, kind).copy_(value)
             elif is_sharded(parameter):
-                share = _share(value, parameter.ds_tensor.numel(), self.engine.global_rank)
+                sharded: Any = parameter
+                share = _share(value, sharded.ds_tensor.numel(), self.engine.global_rank)
                 if kind == WEIGHT:
                     safe_set_local_fp32_param(parameter, share)
                 else:

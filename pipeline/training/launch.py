@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 
 from overfill.errors import UserError
@@ -98,7 +99,7 @@ def one_line(error: TrainingFailedError) -> str:
 def _cause(error: Exception) -> str:
     """Type and first line; of Ray's own errors, which say what happened to a process, the first line alone."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, ray.exceptions.RayError) or not first:
+    if isinstance(error, RayError) or not first:
         return first or type(error).__name__
     return f"{type(error).__name__}: {first}"
 

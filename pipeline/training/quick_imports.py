@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 UNUSED = ("mlflow", "scipy", "sklearn")
 
@@ -19,13 +20,16 @@ UNUSED = ("mlflow", "scipy", "sklearn")
 def without_modules(*names: str) -> Iterator[None]:
     """Inside it, importing one of `names` raises ModuleNotFoundError, unless it was imported before."""
     hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # None in sys.modules: the import system's own way to say "not there"
+    modules: dict[str, Any] = sys.modules
+    modules.update(
+        dict.fromkeys(hidden)
+    )  # None there is the import system's own way to say that there is no such module
     try:
         yield
     finally:
         for name in hidden:
-            if sys.modules.get(name, name) is None:
-                del sys.modules[name]
+            if modules.get(name, name) is None:
+                del modules[name]
 
 
 def import_training_libraries() -> None:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -110,8 +110,8 @@ def _random_state(place: Place) -> dict[str, Tensor]:
         yield "torch", torch.get_rng_state()
         if place.device.type == "cuda":
             yield "cuda", torch.cuda.get_rng_state(place.device)
-        numpy_state: Any = np.random.get_state(legacy=True)
-        yield "numpy", torch.from_numpy(np.append(numpy_state[1].astype(np.int64), numpy_state[2]))
+        _, keys, *rest = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
+        yield "numpy", torch.from_numpy(np.concatenate([keys, rest]).astype(np.float64))  # 32-bit keys: exact
         yield "python", torch.tensor(random.getstate()[1], dtype=torch.int64)
 
     return {f"{_RANDOM}{place.rank}/{name}": tensor for name, tensor in entries()}
@@ -125,6 +125,6 @@ def _set_random_state(saved: SavedTensors, place: Place) -> None:
     torch.set_rng_state(saved.read(f"{prefix}torch"))
     if place.device.type == "cuda" and f"{prefix}cuda" in saved:
         torch.cuda.set_rng_state(saved.read(f"{prefix}cuda"), place.device)
-    numpy_state = saved.read(f"{prefix}numpy").numpy()
-    np.random.set_state(("MT19937", numpy_state[:-1].astype(np.uint32), int(numpy_state[-1])))
+    *keys, position, has_gauss, gauss = saved.read(f"{prefix}numpy").tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), int(position), int(has_gauss), gauss))
     random.setstate((3, tuple(saved.read(f"{prefix}python").tolist()), None))

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def _arrays(column: pa.ChunkedArray) -> list[NDArray[np.int32]]:
         lists = pa.concat_arrays(lists.chunks)
     # A copy: torch wants arrays that it could write to, and Ray's shared memory is read-only.
     values, offsets = lists.values.to_numpy().copy(), lists.offsets.to_numpy()
-    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[start:end] for start, end in pairwise(offsets)]
 
 
 def ids_of(row: TokenRow) -> Row:
