@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from overfill.errors import UserError
+from pipeline.corpus.files import LINE_SUFFIXES, PARQUET_SUFFIXES, pieces_of_files
 from pipeline.corpus.pieces import HubPiece, Piece
 from pipeline.corpus.rows import RowForm
 
@@ -23,8 +24,6 @@ def hub_pieces(config: DataConfig, split: str, form: RowForm) -> tuple[Piece, ..
     Raises:
         UserError: the dataset, its subset, the split or the commit cannot be found or reached.
     """
-    from pipeline.corpus.sources import LINE_SUFFIXES, PARQUET_SUFFIXES, pieces_of_files
-
     assert config.dataset is not None and config.revision is not None
     files = _split_files(config.dataset, config.subset, split, config.revision)
     direct = (*PARQUET_SUFFIXES, *(suffix for suffix in LINE_SUFFIXES if not suffix.endswith(".gz")))

@@ -9,34 +9,18 @@ begin with `test`; others (a licence, a card) are left alone.
 
 from __future__ import annotations
 
-import gzip
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from overfill.errors import UserError
 from pipeline.config import DataConfig
-from pipeline.corpus.pieces import (
-    PIECE_BYTES,
-    TOY_PIECE,
-    ArrayPiece,
-    LinesPiece,
-    ParquetPiece,
-    Piece,
-    ToyPiece,
-    open_binary,
-)
+from pipeline.corpus.files import LINE_SUFFIXES, PARQUET_SUFFIXES, pieces_of_files
+from pipeline.corpus.pieces import TOY_PIECE, Piece, ToyPiece
 from pipeline.corpus.rows import Message, RowError, RowForm, belongs_to_test
 from pipeline.corpus.toy import Split
 
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
-
 TOY_TRAIN_SAMPLES = 20_000
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz")
-PARQUET_SUFFIXES = (".parquet",)
 
 
 @dataclass(frozen=True)
@@ -127,11 +111,6 @@ def open_source(config: DataConfig) -> CorpusSource:
     return CorpusSource(name, train, test, form, config.held_out, config.seed)
 
 
-def pieces_of_files(paths: Iterable[str], form: RowForm) -> tuple[Piece, ...]:
-    """The pieces of files of lines and Parquet files, in the order given."""
-    return tuple(itertools.chain.from_iterable(_pieces_of_file(path, form) for path in paths))
-
-
 def _toy_pieces(config: DataConfig, split: Split, count: int) -> tuple[Piece, ...]:
     starts = range(0, count, TOY_PIECE)
     return tuple(ToyPiece(config.tasks, config.seed, split, i, min(i + TOY_PIECE, count)) for i in starts)
@@ -158,50 +137,3 @@ def _files(path: Path, source: str) -> dict[Split, list[str]]:
             f"test{suffixes[0]}); found {found}"
         )
     return {"train": train, "test": [str(file) for file in files if file.name.startswith("test")]}
-
-
-def _pieces_of_file(path: str, form: RowForm) -> Iterator[Piece]:
-    if path.endswith(PARQUET_SUFFIXES):
-        yield from _row_groups(path, form)
-    elif path.endswith(".gz"):
-        yield ArrayPiece(path) if _begins_with_array(path) else LinesPiece(path)
-    elif path.endswith(".json") and _begins_with_array(path):
-        yield ArrayPiece(path)
-    else:
-        size = _size(path)
-        for start in range(0, max(size, 1), PIECE_BYTES):
-            yield LinesPiece(path, start, min(start + PIECE_BYTES, size))
-
-
-def _row_groups(path: str, form: RowForm) -> Iterator[ParquetPiece]:
-    import pyarrow.parquet as pq
-
-    try:
-        with open_binary(path) as file, pq.ParquetFile(file) as parquet:
-            columns = _columns(parquet, form)
-            groups = parquet.metadata.num_row_groups
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0][:120]})") from error
-    for group in range(groups):
-        yield ParquetPiece(path, group, columns)
-
-
-def _columns(parquet: pq.ParquetFile, form: RowForm) -> tuple[str, ...] | None:
-    """The columns that hold the conversation, or None (all) if they are not there: the rows then say what is."""
-    wanted = (form.messages,) if form.messages else (form.prompt, form.completion) if form.prompt else ()
-    names = [name for name in wanted if name is not None]
-    return tuple(names) if names and set(names) <= set(parquet.schema_arrow.names) else None
-
-
-def _begins_with_array(path: str) -> bool:
-    with open_binary(path) as raw:
-        file = gzip.open(raw) if path.endswith(".gz") else raw  # noqa: SIM115 - closed with raw
-        try:
-            return file.read(4096).lstrip().startswith(b"[")
-        except (EOFError, OSError):
-            return False  # a broken archive: reading it says so
-
-
-def _size(path: str) -> int:
-    with open_binary(path) as file:
-        return file.seek(0, 2)

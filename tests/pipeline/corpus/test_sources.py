@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from overfill.errors import UserError
 from pipeline.config import DataConfig
 from pipeline.corpus import hub
+from pipeline.corpus.files import pieces_of_files
 from pipeline.corpus.pieces import LinesPiece, ParquetPiece, ToyPiece
 from pipeline.corpus.rows import RowError, RowForm
-from pipeline.corpus.sources import open_source, pieces_of_files
+from pipeline.corpus.sources import open_source
 
 
 def rows_of(pieces):
