@@ -36,6 +36,8 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Metrics for Prometheus.
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # The controller runs in the trial's process, whose logging is not Ray's to configure.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     # Paths are absolute here, and a worker's folder is no place for results.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }

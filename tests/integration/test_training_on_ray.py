@@ -76,13 +76,26 @@ def calibration(root: Path, like: StageRun) -> StageRun:
     return dataclasses.replace(like, stage=stage, **folders)
 
 
+def share_of_full_model(run: StageRun, place: Place) -> float:
+    """The part of the full model's elements that this worker holds under ZeRO stage 3."""
+    from overfill.checkpoint import load_full_model
+    from pipeline.training.deepspeed_config import EngineSettings
+    from pipeline.training.engine import frozen_engine
+
+    settings = EngineSettings(workers=2, zero_stage=3, dtype="fp32", micro_batch=1, accumulation=1)
+    _, module = frozen_engine(load_full_model(run.inputs["teacher"] / "model"), settings, place.device)
+    sharded: list[Any] = list(module.parameters())
+    return sum(p.ds_tensor.numel() for p in sharded) / sum(p.ds_numel for p in sharded)
+
+
 def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
     tmp_path: Path, inputs: dict[str, Path], ray_cluster: None, one_worker: Place
 ) -> None:
+    tokens = 8 * 60
     two = {"workers": 2, "micro_batch": 2, "checkpoint_every": 4}
-    zero2 = distill_run(tmp_path / "zero2", inputs, resources={**two, "zero_stage": 2})
-    zero3 = distill_run(tmp_path / "zero3", inputs, resources={**two, "zero_stage": 3})
-    broken = distill_run(tmp_path / "broken", inputs, resources={**two, "zero_stage": 2})
+    zero2 = distill_run(tmp_path / "zero2", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
+    zero3 = distill_run(tmp_path / "zero3", inputs, resources={**two, "zero_stage": 3}, tokens=tokens)
+    broken = distill_run(tmp_path / "broken", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
     broken = dataclasses.replace(broken, stop_requested=lambda: '"step": 6' in broken.metrics_path.read_text())
     scores = calibration(tmp_path, zero3)
 
@@ -94,18 +107,20 @@ def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
         import_training_libraries()
         silent = Services(report=lambda position, folder: None)  # Ray Train knows of one run only
         with process_group(0, threads=1) as place:
+            share = share_of_full_model(zero3, place)
             measure_in(scores, scores.resources, place)
             train_in(zero3, zero3.resources, place, silent)
             stopped = train_in(broken, broken.resources, place, silent)
             result = train_in(arguments["run"], arguments["run"].resources, place, Services())
-        return {"result": result, "stopped": stopped, "workers": place.workers}
+        return {"result": result, "stopped": stopped, "workers": place.workers, "share": share}
 
     returned = run_workers(in_one_group, zero2)
     assert returned["workers"] == 2
+    assert 0.5 <= returned["share"] < 0.55  # padding, and tensors too small to be shared out
     assert returned["stopped"]["stopped"]
     assert returned["stopped"]["step"] == 6
 
-    one = distill_run(tmp_path / "one", inputs, resources={"micro_batch": 6})
+    one = distill_run(tmp_path / "one", inputs, resources={"micro_batch": 6}, tokens=tokens)
     expected = train_in(one, one.resources, one_worker, WITHOUT_RAY)
     for run in (zero2, zero3):
         assert lines(run).keys() == lines(one).keys()
@@ -114,7 +129,7 @@ def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
         assert largest_difference(run, one) < 1e-4
     assert returned["result"]["metrics"]["train/tokens"] == expected["metrics"]["train/tokens"]
 
-    resumed = distill_run(tmp_path / "broken", inputs, resources={"micro_batch": 3})
+    resumed = distill_run(tmp_path / "broken", inputs, resources={"micro_batch": 3}, tokens=tokens)
     train_in(resumed, resumed.resources, one_worker, WITHOUT_RAY)
     assert largest_difference(resumed, one) < 1e-4
 
