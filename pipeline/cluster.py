@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig, StageResources
@@ -34,6 +37,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next poll: 2 s by default
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: step checkpoints are there, and the next run goes on
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard copies of what the store has
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -68,11 +72,18 @@ def connected(address: str | None, log_folder: Path) -> Iterator[Capacity]:
     for noisy in QUIET_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     _start(address or os.environ.get("RAY_ADDRESS") or "local")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # after Ray's own, which prints a stack of C++ frames
     try:
         (log_folder / "ray.txt").write_text(f"{ray.get_runtime_context().gcs_address}\n", encoding="utf-8")
         yield capacity()
     finally:
         ray.shutdown()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A request to end is a Ctrl-C: everything is left as it stands, and the next run goes on from there."""
+    raise KeyboardInterrupt
 
 
 def _start(address: str) -> None:
@@ -95,15 +106,26 @@ def _start(address: str) -> None:
 
 
 def capacity() -> Capacity:
-    """CPUs and GPUs of the connected cluster."""
+    """CPUs and GPUs of the connected cluster, with the nodes that an autoscaler may add."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = largest_cluster()
     return Capacity(
-        cpus=sum(node.get("CPU", 0.0) for node in nodes),
-        gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        cpus=largest.get("CPU", 0.0),
+        gpus=largest.get("GPU", 0.0),
         node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
     )
+
+
+def largest_cluster() -> dict[str, float]:
+    """Resource -> what the cluster has, or may grow to where an autoscaler says so."""
+    import ray
+    from ray._private.state import state
+
+    limits = state.get_max_resources_from_cluster_config() or {}
+    now = ray.cluster_resources()
+    return {kind: max(now.get(kind, 0.0), float(limits.get(kind, 0.0))) for kind in now.keys() | limits.keys()}
 
 
 def concurrent_cells(config: ExperimentConfig, has: Capacity, cells: int) -> int:

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 
 from overfill.errors import UserError
+from pipeline.cluster import largest_cluster
 from pipeline.config import StageResources
 from pipeline.stage import StageRun
 from pipeline.training.backend import RendezvousConfig, Trainer, dashboard_runs
@@ -112,15 +112,6 @@ def worker_bundle(resources: StageResources) -> dict[str, float]:
     if resources.gpus_per_worker:
         bundle["GPU"] = resources.gpus_per_worker
     return bundle
-
-
-def largest_cluster() -> dict[str, float]:
-    """What the cluster has, or may grow to where an autoscaler says so."""
-    from ray._private.state import state
-
-    limits = state.get_max_resources_from_cluster_config() or {}
-    now = ray.cluster_resources()
-    return {kind: max(now.get(kind, 0.0), float(limits.get(kind, 0.0))) for kind in now.keys() | limits.keys()}
 
 
 def check_cluster(resources: StageResources, cluster: dict[str, float], stage: str) -> None:
