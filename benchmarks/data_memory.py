@@ -1,6 +1,6 @@
 """Memory of the data stage while the corpus grows: it should not grow with it.
 
-    python benchmarks/data_memory.py [--megabytes 10] [--scales 1,10] [--workers 2]
+    python benchmarks/data_memory.py [--megabytes 16] [--scales 1,10] [--workers 2]
 
 For each scale a corpus of JSON lines is written (random words, about 1 kB a row), and the data stage tokenises it on a
 Ray cluster of its own with a small object store. Four times a second the private memory of the driver and of Ray's
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import string
 import subprocess
 import sys
 import tempfile
@@ -22,14 +23,14 @@ import time
 from pathlib import Path
 
 MIB = 2**20
-OBJECT_STORE_MIB = 200
+OBJECT_STORE_MIB = 100
 WORDS_IN_ROW = 160
 
 
 def write_corpus(path: Path, size: int) -> int:
     """Write about `size` bytes of JSON lines; the number of rows."""
     draw = random.Random(0)
-    words = [f"{draw.randrange(16**5):05x}" for _ in range(20_000)]
+    words = ["".join(draw.choices(string.ascii_lowercase, k=5)) for _ in range(20_000)]
     rows = 0
     with path.open("w") as file:
         while file.tell() < size:
@@ -163,7 +164,7 @@ def measure(size: int, workers: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=10, help="corpus at scale 1, MiB")
+    parser.add_argument("--megabytes", type=float, default=16, help="corpus at scale 1, MiB")
     parser.add_argument("--scales", default="1,10", help="multiples of it")
     parser.add_argument("--workers", type=int, default=2, help="concurrent tokenising tasks")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # measure here: a fresh process per scale

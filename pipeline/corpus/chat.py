@@ -174,12 +174,13 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in tokenizer(after, add_special_tokens=False)["input_ids"] if after else []:
         if token in special:
             return token
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
         raise UserError(
             f"tokenizer {tokenizer.name_or_path}: nothing ends a turn: no special token follows the answer in its chat "
             "template and it has no EOS; end the turn with a special token in `data.chat_template`"
         )
-    return int(tokenizer.eos_token_id)
+    return end
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,7 @@ def first_samples(table: pa.Table, samples: int) -> pa.Table:
     return table if len(positions) <= samples else table.slice(0, int(positions[samples - 1]) + 1 if samples else 0)
 
 
-def _stream(job: TokeniseJob, resources: StageResources) -> Iterator[pa.Table]:
+def _stream(job: TokeniseJob, resources: StageResources) -> Generator[pa.Table, None, None]:
     """The tables of all pieces, in order. Closing the generator stops the tasks."""
     import ray.data
 
@@ -193,9 +193,10 @@ def _checked(table: pa.Table) -> pa.Table:
     return table
 
 
-def _tokenise(batch: dict[str, NDArray[np.int64]], job: TokeniseJob) -> Iterator[pa.Table]:
-    """The task: tokenise pieces. Ray turns an exception into a traceback in words, so what the user can mend travels
-    as a row instead."""
+def _tokenise(batch: Any, job: TokeniseJob) -> Iterator[pa.Table]:
+    """The task: tokenise the pieces numbered in `batch["piece"]`.
+
+    Ray turns an exception into a traceback in words, so what the user can mend travels as a row instead."""
     for piece in batch["piece"]:
         try:
             yield from job.tables(int(piece))
