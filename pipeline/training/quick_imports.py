@@ -7,7 +7,6 @@ decoding). Both treat them as optional, so hiding them while the import runs is 
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,18 +29,3 @@ def without_modules(*names: str) -> Iterator[None]:
         for name in hidden:
             if modules.get(name, name) is None:
                 del modules[name]
-
-
-def import_training_libraries() -> None:
-    """Import torch, transformers and DeepSpeed as quickly as they go."""
-    with without_modules(*UNUSED):
-        import torch  # noqa: F401
-        import transformers
-        import transformers.modeling_utils
-
-        import pipeline.training.engine
-
-        pipeline.training.engine.import_deepspeed()
-    transformers.utils.logging.disable_progress_bar()
-    for chatty in ("ray.data", "ray.train"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)

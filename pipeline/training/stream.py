@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,7 +93,8 @@ def stream_steps(plan: StreamPlan, first: int) -> Iterator[StepRows]:
     from pipeline.training.datasource import stream_blocks
 
     expected = first
-    for table in stream_blocks(plan, first):
+    starts = range(first, plan.steps, plan.steps_per_block)
+    for table in stream_blocks([partial(read_block, plan, start) for start in starts]):
         for step in _unpack(table, plan.micro_batch):
             if step.step != expected:
                 raise RuntimeError(f"the data stream yielded step {step.step} where step {expected} was due")

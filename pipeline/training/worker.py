@@ -13,7 +13,7 @@ from ray import train
 
 from overfill.errors import UserError
 from pipeline.stage import StageRun
-from pipeline.training.quick_imports import import_training_libraries
+from pipeline.training.quick_imports import UNUSED, without_modules
 
 USER_ERROR = "user_error"
 STOPPED = "stopped"
@@ -92,3 +92,18 @@ def _logging_to(path: Path) -> Iterator[None]:
         logger.setLevel(level)
         logger.removeHandler(handler)
         handler.close()
+
+
+def import_training_libraries() -> None:
+    """Import torch, transformers and DeepSpeed as quickly as they go."""
+    with without_modules(*UNUSED):
+        import torch  # noqa: F401
+        import transformers
+        import transformers.modeling_utils
+
+        import pipeline.training.engine
+
+        pipeline.training.engine.import_deepspeed()
+    transformers.utils.logging.disable_progress_bar()
+    for chatty in ("ray.data", "ray.train"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

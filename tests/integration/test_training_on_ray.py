@@ -102,7 +102,7 @@ def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
     def in_one_group(arguments: dict[str, Any]) -> dict[str, Any]:
         """Several runs in the workers of one, for the price of one start."""
         from pipeline.training.distributed import process_group
-        from pipeline.training.quick_imports import import_training_libraries
+        from pipeline.training.worker import import_training_libraries
 
         import_training_libraries()
         silent = Services(report=lambda position, folder: None)  # Ray Train knows of one run only
@@ -158,7 +158,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_bit_for_bit_as_an_unbroken
 
     def distill_killed(arguments: dict[str, Any]) -> dict[str, Any]:
         from pipeline.training.distributed import process_group
-        from pipeline.training.quick_imports import import_training_libraries
+        from pipeline.training.worker import import_training_libraries
 
         import_training_libraries()
         with process_group(0, threads=1) as place:
