@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig, StageResources
@@ -87,22 +88,37 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _start(address: str) -> None:
-    import ray
-
-    options = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": True}
-    if address == "local":
-        options |= {
-            "num_cpus": usable_cpus(),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": True}
     try:
-        ray.init(address=address, **options)
+        if address == "local":
+            start_local(num_cpus=usable_cpus(), object_store_memory=OBJECT_STORE_BYTES, **options)
+        else:
+            import ray
+
+            ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:160]
         raise UserError(
             f"--address {address}: no Ray cluster there ({reason}); leave it out to run on this machine"
         ) from error
+
+
+def start_local(attempts: int = 3, **options: Any) -> None:
+    """Start a cluster of our own. Ray gives a node 30 s to come up, which a busy machine may need: then it is tried anew.
+
+    Raises UserError when it does not come up at all."""
+    import ray
+
+    for attempt in range(1, attempts + 1):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == attempts:
+                raise UserError("Ray does not come up on this machine: it is too busy; try again later") from error
 
 
 def capacity() -> Capacity:

@@ -14,7 +14,7 @@ OBJECT_STORE_BYTES = 200 * 2**20
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A cluster of two CPUs on this machine."""
-    from pipeline.cluster import set_environment
+    from pipeline.cluster import set_environment, start_local
 
     set_environment()
     import ray
@@ -22,10 +22,8 @@ def ray_cluster() -> Iterator[None]:
     os.environ.pop("RAY_ADDRESS", None)
     # A failing test shows its captured logs; Ray Data's run to hundreds of lines.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    ray.init(
-        address="local",
+    start_local(
         num_cpus=2,
-        include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level="warning",
