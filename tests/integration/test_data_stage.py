@@ -103,7 +103,7 @@ def test_the_toy_corpus_is_tokenised_as_it_is_generated(make, tokenizer_payload)
 def test_the_bytes_do_not_depend_on_tasks_or_pieces(make, tmp_path, monkeypatch):
     path = write_lines(tmp_path / "c.jsonl", [sums(i) for i in range(3000)])
     whole, _ = make("whole", workers=1, source="jsonl", path=path, held_out=0.1, max_length=64)
-    monkeypatch.setattr("pipeline.corpus.sources.PIECE_BYTES", 5000)
+    monkeypatch.setattr("pipeline.corpus.files.PIECE_BYTES", 5000)
     monkeypatch.setattr("pipeline.stages.data.BLOCK_BYTES", 4096)
     pieces, _ = make("pieces", workers=3, source="jsonl", path=path, held_out=0.1, max_length=64)
     assert digests(whole) == digests(pieces)
