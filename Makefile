@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: quickstart test test-fast test-integration check ui clean
 
@@ -27,8 +27,6 @@ check: $(VENV)/.installed-dev
 ui: $(VENV)/.installed
 	$(BIN)/overfill ui
 
-# Packages are not compiled to byte code at installation: of the many files that come along few are ever imported, and
-# Python compiles those when they are.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name another with PYTHON=..."; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
