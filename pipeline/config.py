@@ -71,9 +71,9 @@ class DataConfig(Frozen):
     tasks: tuple[ToyTask, ...] = ("get", "sort", "reverse", "shift")
     """Tasks of the toy corpus."""
     train_samples: Count | None = None
-    """Training rows to take from the start of the source; all when empty (20,000 for `toy`)."""
+    """Training samples (assistant turns) to take from the start of the source; all when empty (20,000 for `toy`)."""
     test_samples: Count = 512
-    """Held-out rows to take at most."""
+    """Held-out samples (assistant turns) to take at most."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of rows held out when the source has no test file or split."""
     max_length: Annotated[int, Field(ge=8)] = 2048
