@@ -17,6 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="OverFill: a full model reads the prompt, a width-pruned copy of it writes the answer.",
 )
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
+
 File = Annotated[str, typer.Argument(metavar="FILE", help="An experiment's YAML file.")]
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="An experiment's name; the only one when left out.")]
 Overrides = Annotated[
@@ -151,9 +154,10 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         sys.stderr.write(f"overfill: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("overfill: interrupted; the same command goes on from here\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has made this of a KeyboardInterrupt
+            sys.stderr.write("overfill: interrupted; the same command goes on from here\n")
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
