@@ -15,7 +15,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -35,7 +34,6 @@ QUIET_LOGGERS = (
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next poll: 2 s by default
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: step checkpoints are there, and the next run goes on
@@ -62,7 +60,7 @@ def set_environment() -> None:
 
 
 @contextlib.contextmanager
-def connected(address: str | None, log_folder: Path) -> Iterator[Capacity]:
+def connected(address: str | None) -> Iterator[Capacity]:
     """Be connected to Ray; a cluster that was started for this is stopped at the end.
 
     Raises UserError when there is no cluster at `address`."""
@@ -76,7 +74,6 @@ def connected(address: str | None, log_folder: Path) -> Iterator[Capacity]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # after Ray's own, which prints a stack of C++ frames
     try:
-        (log_folder / "ray.txt").write_text(f"{ray.get_runtime_context().gcs_address}\n", encoding="utf-8")
         yield capacity()
     finally:
         ray.shutdown()

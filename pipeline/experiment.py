@@ -39,8 +39,6 @@ class Experiment:
 
     config: ExperimentConfig
     cells: list[Cell]
-    where: str
-    """The file it was read from, for errors."""
 
     @property
     def name(self) -> str:
@@ -79,7 +77,7 @@ def open_store(store: str | None) -> Store:
 def read_experiment(file: str, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment file and expand its cells. Raises UserError for anything wrong in it."""
     config = load_experiment(file, overrides)
-    return Experiment(config, expand(config, file), file)
+    return Experiment(config, expand(config, file))
 
 
 def sweep_folder(store: Store, name: str) -> Path:
@@ -131,9 +129,8 @@ def run_missing(
     from pipeline.progress import Progress
     from pipeline.tracking import Tracker
 
-    folder = sweep_folder(store, experiment.name)
     with ExitStack() as stack:
-        has = stack.enter_context(connected(address, folder))
+        has = stack.enter_context(connected(address))
         check_fits(experiment.config, has)
         stack.enter_context(Tracker(store, experiment.config, experiment.cells))
         stack.enter_context(Progress(store, experiment.cells, console))
@@ -157,8 +154,7 @@ def _accuracy_then_latency(
         missing = [cell for cell in alive if store.record(cell.stage(leaf)) is None]
         if missing:
             at_once = concurrent_cells(config, has, len(missing))
-            found = run_cells(
-                missing, store.root, config.resources, at_once, (leaf,), config.sweep.asha, continue_stopped
-            )
+            asha = config.sweep.asha if leaf == "evaluate" else None  # nothing is trained for a latency
+            found = run_cells(missing, store.root, config.resources, at_once, (leaf,), asha, continue_stopped)
             outcomes |= {outcome.cell: outcome for outcome in found}
     return list(outcomes.values())

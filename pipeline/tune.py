@@ -29,11 +29,10 @@ from pipeline.curves import Curve
 from pipeline.runner import RunContext, StageFailed, StageStopped, run_graph
 from pipeline.store import AlteredArtifact, Store
 from pipeline.sweep import Cell
+from pipeline.training.resources import STOP_FILE
 
 RUNG_METRIC = "validation/nll"
 """What successive halving compares; smaller is better."""
-STOP_FILE = "stop"
-"""In the progress folder of a stage that shall save its position and end."""
 _POLL_S = 1.0
 
 

@@ -24,9 +24,8 @@ from pipeline.config import StageResources
 from pipeline.stage import StageRun
 from pipeline.training.backend import RendezvousConfig, Trainer, dashboard_runs
 from pipeline.training.datasource import CPUS_PER_TASK
-from pipeline.training.resources import StopFile, stage_resources
+from pipeline.training.resources import STOP_FILE, StopFile, stage_resources
 
-STOP_FILE = "stop"
 STOP_POLL_S = 0.5
 CONTROLLER_FAILURES = 240
 """Each is a minute of waiting for CPUs that other runs hold, so this is four hours."""

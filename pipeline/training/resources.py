@@ -8,6 +8,9 @@ from pathlib import Path
 from pipeline.config import StageResources
 from pipeline.stage import StageRun
 
+STOP_FILE = "stop"
+"""In the progress folder of a stage that shall save its position and end."""
+
 
 @dataclass(frozen=True)
 class StopFile:
