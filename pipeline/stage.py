@@ -10,6 +10,7 @@ A stage's function is called with a `StageRun`: it writes the payload to `stagin
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
@@ -170,9 +171,14 @@ class StageRun:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append `text` as a line of its own, in one write."""
+    """Append `text` as a line of its own, whole beside those of other writers.
+
+    The lock (released by the system when a holder dies) keeps writers apart: a write that crosses a page of the file
+    grows it page by page, so that another's look at the last byte would take it for a killed writer's half line.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         os.write(descriptor, f"{chr(10) if torn else ''}{text}\n".encode())
