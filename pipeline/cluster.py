@@ -30,6 +30,9 @@ QUIET_LOGGERS = (
     "ray.tune",  # that there are no result files, which we switch off
 )
 
+CPUS_PER_TASK = 0.05
+"""What a task that reads data reserves beside the workers that it feeds."""
+
 # Settings of Ray that are read from the environment, here and in every process that Ray starts.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -157,20 +160,33 @@ def _fits(stage: StageResources, has: Capacity) -> int:
     return int(min(by_cpu, by_gpu))
 
 
-def check_fits(config: ExperimentConfig, has: Capacity) -> None:
-    """Raises UserError for a stage whose workers this cluster can never hold, which would wait for ever."""
+def check_fits(config: ExperimentConfig) -> None:
+    """Raises UserError for a stage whose workers the connected cluster can never hold."""
+    cluster = largest_cluster()
     for name in type(config.resources).model_fields:
         stage = getattr(config.resources, name)
-        if not isinstance(stage, StageResources):
-            continue
-        cpus, gpus = stage.workers * stage.cpus_per_worker, stage.workers * stage.gpus_per_worker
-        if gpus > has.gpus:
+        if isinstance(stage, StageResources):
+            check_workers(name, stage, cluster)
+
+
+def check_workers(stage: str, resources: StageResources, cluster: dict[str, float]) -> None:
+    """Raise UserError when the cluster has less than the workers and the data tasks need, even when idle.
+
+    Ray would wait for ever: a placement group that cannot be met is not an error to it."""
+    for kind, each in worker_bundle(resources).items():
+        spare = CPUS_PER_TASK if kind == "CPU" else 0.0
+        needed, there = each * resources.workers + spare, cluster.get(kind, 0.0)
+        if needed > there + 1e-9:
+            field = "cpus_per_worker" if kind == "CPU" else "gpus_per_worker"
             raise UserError(
-                f"resources.{name}: {stage.workers} workers x {stage.gpus_per_worker:g} GPUs, but the cluster has "
-                f"{has.gpus:g}; lower `workers` or `gpus_per_worker`, or run on a larger cluster with --address"
+                f"resources.{stage}: {resources.workers} workers with {field} = {each:g} need {needed:g} {kind}, "
+                f"the cluster has {there:g}; lower `workers` or `{field}`, or run on a larger cluster with --address"
             )
-        if cpus > has.cpus:
-            raise UserError(
-                f"resources.{name}: {stage.workers} workers x {stage.cpus_per_worker:g} CPUs, but the cluster has "
-                f"{has.cpus:g}; lower `workers` or `cpus_per_worker`"
-            )
+
+
+def worker_bundle(resources: StageResources) -> dict[str, float]:
+    """What Ray reserves for one worker."""
+    bundle = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        bundle["GPU"] = resources.gpus_per_worker
+    return bundle

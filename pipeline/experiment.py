@@ -131,7 +131,7 @@ def run_missing(
 
     with ExitStack() as stack:
         has = stack.enter_context(connected(address))
-        check_fits(experiment.config, has)
+        check_fits(experiment.config)
         stack.enter_context(Tracker(store, experiment.config, experiment.cells))
         stack.enter_context(Progress(store, experiment.cells, console))
         return _accuracy_then_latency(experiment, store, has, continue_stopped)

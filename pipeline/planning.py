@@ -94,7 +94,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         words = column in ("stage", "of", "action", "why", "teacher", "methods")
-        table.add_column(column, justify="left" if words else "right", no_wrap=column not in WRAPPED)
+        table.add_column(column, justify="left" if words else "right", no_wrap=column not in WRAPPED, overflow="fold")
     return table
 
 

@@ -114,6 +114,11 @@ def _under(path: str, section: str) -> bool:
 
 
 def _plain(value: Any) -> str:
+    """`kl:1,kv:3` for a mapping: short enough for a column."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}:{_plain(part)}" for name, part in value.items())
+    if isinstance(value, float):
+        return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, default=str, separators=(",", ":"))
 
 

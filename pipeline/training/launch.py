@@ -18,12 +18,9 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 
-from overfill.errors import UserError
-from pipeline.cluster import largest_cluster
-from pipeline.config import StageResources
+from pipeline.cluster import check_workers, largest_cluster, worker_bundle
 from pipeline.stage import StageRun
 from pipeline.training.backend import RendezvousConfig, Trainer, dashboard_runs
-from pipeline.training.datasource import CPUS_PER_TASK
 from pipeline.training.resources import STOP_FILE, StopFile, stage_resources
 
 STOP_POLL_S = 0.5
@@ -55,7 +52,7 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
 
     Raises UserError when the cluster can never hold the workers, TrainingFailed for what outlived the retries."""
     resources = stage_resources(run)
-    check_cluster(resources, largest_cluster(), run.stage.name)
+    check_workers(run.stage.name, resources, largest_cluster())
     for name, value in (RAY_TRAIN_ENVIRONMENT | ({} if dashboard_runs() else ON_ONE_MACHINE)).items():
         os.environ.setdefault(name, value)
     name = run.stage.identity
@@ -103,29 +100,6 @@ def _cause(error: Exception) -> str:
     if isinstance(error, RayError) or not first:
         return first or type(error).__name__
     return f"{type(error).__name__}: {first}"
-
-
-def worker_bundle(resources: StageResources) -> dict[str, float]:
-    """What Ray reserves for one worker."""
-    bundle = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        bundle["GPU"] = resources.gpus_per_worker
-    return bundle
-
-
-def check_cluster(resources: StageResources, cluster: dict[str, float], stage: str) -> None:
-    """Raise UserError when the cluster has less than the workers and the data tasks need, even when idle.
-
-    Ray would wait for ever: a placement group that cannot be met is not an error to it."""
-    for kind, each in worker_bundle(resources).items():
-        spare = CPUS_PER_TASK if kind == "CPU" else 0.0
-        needed, there = each * resources.workers + spare, cluster.get(kind, 0.0)
-        if needed > there + 1e-9:
-            field = "cpus_per_worker" if kind == "CPU" else "gpus_per_worker"
-            raise UserError(
-                f"resources.{stage}: {resources.workers} workers with {field} = {each:g} need {needed:g} {kind}, "
-                f"the cluster has {there:g}; lower `workers` or `{field}`"
-            )
 
 
 @contextmanager
