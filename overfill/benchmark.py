@@ -1,19 +1,20 @@
-"""Latency of three systems through the same code: the full model, the student alone, OverFill.
+"""Latency of systems by one instrument: a streamer that looks at the clock whenever tokens come out.
 
 TTFT is the time from the prompt to the first token, TPOT the time per token after it; both are reported apart, because
 OverFill's first token costs what the full model's does and its others what the student's do (arXiv 2508.08446,
-section 5). The systems alternate within every repetition, so that a machine that slows down slows all of them, and
-medians are taken. Prompts are random tokens and nothing ends early: latency depends on shapes, not on what is said.
+section 5). The systems alternate within every repetition, and after each one memory is read (`overfill.bound`), so that
+a machine that slows down slows all of them and their bound too; medians are taken. Prompts are random tokens and nothing
+ends early: latency depends on shapes, not on what is said (what `exact` and `transformers-assisted` accept does depend
+on it).
 
-Letters: B batch, P prompt.
+Letters: B batch, P prompt, N new tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,14 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
+from overfill.bound import MemoryReader, wait
 from overfill.checkpoint import load_full_model, load_student
-from overfill.engine import Engine
 from overfill.errors import UserError
 from overfill.memory import peak_growth
-from overfill.shapes import ModelShape
+from overfill.systems import System, make_systems
+from overfill.workload import FULL, OVERFILL, PLAIN_FULL, STUDENT, Point, grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,51 @@ class Timing:
     """One generation, in seconds."""
 
     ttft: float
-    """From the prompt to the first token."""
+    """From the prompt to the first token, or to the first tokens where several come at once."""
     tpot: float
-    """Mean time of each token after the first."""
+    """Mean time of each token after those; 0 where none came after."""
+    total: float
+    """From the prompt to the last token."""
+    acceptance_rate: float | None = None
+    """Share of drafted tokens that were accepted, where the system says."""
+
+
+class TokenClock(BaseStreamer):
+    """Records when tokens come out; takes any batch, and several tokens at once.
+
+    `generate` puts the prompt first, which is passed over; then a vector [B], one token per row, or from assisted
+    decoding a matrix [B, n]. On CUDA a token is out when the device has finished it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+        self.counts: list[int] = []
+        self._prompt_is_past = False
+
+    def put(self, value: Tensor) -> None:
+        """Note the time of the next token or tokens."""
+        wait(self.device)
+        now = time.perf_counter()
+        if not self._prompt_is_past:
+            self._prompt_is_past = True
+            return
+        self.times.append(now)
+        self.counts.append(value.shape[1] if value.ndim == 2 else 1)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+    def timing(self, start: float, output: int, acceptance_rate: float | None = None) -> Timing:
+        """The timing of a generation of `output` tokens per row that began at `start`.
+
+        Raises RuntimeError when another number of tokens came out: the measurement would be of something else.
+        """
+        if sum(self.counts) != output:
+            raise RuntimeError(f"{sum(self.counts)} tokens came out where {output} were asked for")
+        later = output - self.counts[0]
+        tpot = (self.times[-1] - self.times[0]) / later if later else 0.0
+        return Timing(self.times[0] - start, tpot, self.times[-1] - start, acceptance_rate)
 
 
 def measure_systems(
@@ -52,100 +98,142 @@ def measure_systems(
     warmup: int,
     dtype: str,
     device: str,
-) -> list[dict[str, Any]]:
+    decoder: str = "eager",
+) -> list[Row]:
     """Time the full model and, with a student folder, the student alone and OverFill on every grid point.
 
-    Returns one row per grid point and system: `system, batch, prompt, output, ttft_s, tpot_s, tokens_per_s` (new tokens
-    of all rows over the whole time), `ttft_spread_s` and `tpot_spread_s` ([lowest, highest]), `peak_bytes` (weights that
-    the system holds and what it allocated beside them), `bytes_per_token` (what a decode step must read, at the prompt's
-    length). Raises UserError where a grid point is longer than the models' positions.
+    Returns one row per grid point and system, see `measure_point`. Raises UserError where a grid point is longer than
+    the models' positions, or the decoder cannot be had.
     """
     place = torch.device(device)
-    models = {"full": load_full_model(full, dtype=DTYPES[dtype], device=place)}
-    if student is not None:
-        models["student"] = load_student(student, dtype=DTYPES[dtype], device=place)
-    engines = {name: Engine(model, model) for name, model in models.items()}
-    if student is not None:
-        engines["overfill"] = Engine(models["full"], models["student"])
-    rows: list[dict[str, Any]] = []
-    for batch, prompt, output in product(batches, prompts, outputs):
-        _check_positions(engines, prompt + output)
-        rows += measure_point(engines, batch, prompt, output, repeats, warmup, dtype)
-    return rows
+    full_model = load_full_model(full, dtype=DTYPES[dtype], device=place)
+    student_model = None if student is None else load_student(student, dtype=DTYPES[dtype], device=place)
+    names = [FULL] if student is None else [FULL, STUDENT, OVERFILL]
+    systems = make_systems(full_model, student_model, names, decoder)
+    points = grid(batches, prompts, outputs, dtype)
+    return [row for rows in measure_grid(systems, points, repeats, warmup) for row in rows]
+
+
+def measure_grid(systems: Sequence[System], points: Sequence[Point], repeats: int, warmup: int) -> Iterator[list[Row]]:
+    """The rows of one grid point after another, as they are measured; points that no system fits are passed over.
+
+    Raises UserError before the first when a point is longer than the models' positions."""
+    longest = min(system.max_positions for system in systems)
+    for point in points:
+        if point.prompt + point.output > longest:
+            raise UserError(
+                f"benchmark: prompt + output is {point.prompt + point.output} tokens, the models have {longest} "
+                "positions; shorten either"
+            )
+    sizes = [system.step_bytes(point) or 0 for system in systems for point in points]
+    reader = MemoryReader(max(sizes), systems[0].device)
+    for point in points:
+        fitting = [system for system in systems if not system.unfit(point)]
+        if fitting:
+            yield measure_point(fitting, point, repeats, warmup, reader)
 
 
 def measure_point(
-    engines: dict[str, Engine], batch: int, prompt: int, output: int, repeats: int, warmup: int, dtype: str
-) -> list[dict[str, Any]]:
-    """One grid point: rows as in `measure_systems`, in the order of `engines`."""
-    vocabulary = min(engine.prefill_model.config.vocab_size for engine in engines.values())
-    source = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (batch, prompt), generator=source)
-    timings: dict[str, list[Timing]] = {name: [] for name in engines}
+    systems: Sequence[System], point: Point, repeats: int, warmup: int, reader: MemoryReader
+) -> list[Row]:
+    """One row per system, in their order. All times are medians over `repeats` repetitions, after `warmup` others.
+
+    Fields: `system, batch, prompt, output, dtype, device, threads, decoder, repeats`; `ttft_s, tpot_s` and their
+    `ttft_spread_s, tpot_spread_s` ([lowest, highest]); `tokens_per_s` (new tokens of all rows over the whole time);
+    `peak_bytes` (weights that the system holds and what it allocated beside them; null where nobody counts),
+    `weight_bytes` (parameters; what a compiled decoder packs again is not counted); `bytes_per_token` (what a decode
+    step must read) and `bound_s` (the time to read that, measured between the generations), both null where a step has
+    no fixed number; `bound_share` (`bound_s / tpot_s`); `speed_up` (TPOT of `transformers-full` over the system's; null
+    where that was not measured); `compile_s` (spent while this system ran at this point); `acceptance_rate`.
+    """
+    vocabulary = min(model.config.vocab_size for system in systems for model in system.models)
+    ids = torch.randint(0, vocabulary, (point.batch, point.prompt), generator=torch.Generator().manual_seed(0))
+    timings: dict[str, list[Timing]] = {system.name: [] for system in systems}
+    bounds: dict[str, list[float]] = {system.name: [] for system in systems}
+    compiled = {system.name: 0.0 for system in systems}
     for repetition in range(warmup + repeats):
-        for name, engine in engines.items():
-            timing = time_generation(engine, ids, output)
+        for system in systems:
+            before = system.compile_seconds
+            timing = time_generation(system, ids, point.output)
+            compiled[system.name] += system.compile_seconds - before
+            size = system.step_bytes(point)
+            bound = None if size is None else reader.seconds(size)
             if repetition >= warmup:
-                timings[name].append(timing)
-    point = {"batch": batch, "prompt": prompt, "output": output, "dtype": dtype, "repeats": repeats}
-    return [
-        {"system": name, **point, **_summary(timings[name], batch, output), **_memory(engine, ids, output, dtype)}
-        for name, engine in engines.items()
+                timings[system.name].append(timing)
+                bounds[system.name] += [] if bound is None else [bound]
+    rows = [
+        {
+            **_conditions(system, point, repeats),
+            **_times(timings[system.name], point),
+            **_memory(system, ids, point),
+            **_bound(system, point, timings[system.name], bounds[system.name]),
+            "compile_s": compiled[system.name],
+        }
+        for system in systems
     ]
+    baseline = next((row["tpot_s"] for row in rows if row["system"] == PLAIN_FULL), None)
+    return [{**row, "speed_up": _ratio(baseline, row["tpot_s"])} for row in rows]
 
 
 @torch.no_grad()
-def time_generation(engine: Engine, prompt_ids: Tensor, output: int) -> Timing:
-    """Generate `output` tokens greedily after `prompt_ids` [B, P], all real tokens."""
-    mask = torch.ones_like(prompt_ids, dtype=torch.bool)
-    _wait(engine.device)
+def time_generation(system: System, prompt_ids: Tensor, output: int) -> Timing:
+    """Generate `output` tokens greedily after `prompt_ids` [B, P], all real tokens.
+
+    Raises RuntimeError when the system ends early."""
+    ids = prompt_ids.to(system.device)
+    clock = TokenClock(system.device)
+    wait(system.device)
     start = time.perf_counter()
-    logits, state = engine.prefill(prompt_ids, mask)
-    tokens = logits.argmax(-1)
-    _wait(engine.device)
-    first = time.perf_counter()
-    for _ in range(output - 1):
-        tokens = engine.decode_one(state, tokens).argmax(-1)
-    _wait(engine.device)
-    return Timing(first - start, (time.perf_counter() - first) / max(1, output - 1))
+    result = system.generate(ids, output, clock)
+    return clock.timing(start, output, getattr(result, "acceptance_rate", None))
 
 
-def _summary(timings: Sequence[Timing], batch: int, output: int) -> dict[str, Any]:
+def _conditions(system: System, point: Point, repeats: int) -> Row:
+    return {
+        "system": system.name,
+        "batch": point.batch,
+        "prompt": point.prompt,
+        "output": point.output,
+        "dtype": point.dtype,
+        "device": system.device.type,
+        "threads": torch.get_num_threads(),
+        "decoder": system.decoder,
+        "repeats": repeats,
+    }
+
+
+def _times(timings: Sequence[Timing], point: Point) -> Row:
     ttft, tpot = [t.ttft for t in timings], [t.tpot for t in timings]
-    whole = median(t.ttft + t.tpot * (output - 1) for t in timings)
+    rates = [t.acceptance_rate for t in timings if t.acceptance_rate is not None]
     return {
         "ttft_s": median(ttft),
         "tpot_s": median(tpot),
-        "tokens_per_s": batch * output / whole,
+        "tokens_per_s": point.batch * point.output / median(t.total for t in timings),
         "ttft_spread_s": [min(ttft), max(ttft)],
         "tpot_spread_s": [min(tpot), max(tpot)],
+        "acceptance_rate": median(rates) if rates else None,
     }
 
 
-def _memory(engine: Engine, ids: Tensor, output: int, dtype: str) -> dict[str, Any]:
-    models = {id(model): model for model in (engine.prefill_model, engine.decode_model)}
-    growth = peak_growth(lambda: time_generation(engine, ids, output), engine.device)
-    weights = sum(_weight_bytes(model) for model in models.values())
-    shape = ModelShape.from_config(engine.decode_model.config.to_dict())
+def _memory(system: System, ids: Tensor, point: Point) -> Row:
+    ids = ids.to(system.device)
+    growth = peak_growth(lambda: system.generate(ids, point.output, None), system.device)
+    weights = sum(_weight_bytes(model) for model in system.models)
+    return {"peak_bytes": None if growth is None else weights + growth, "weight_bytes": weights}
+
+
+def _bound(system: System, point: Point, timings: Sequence[Timing], bounds: Sequence[float]) -> Row:
+    bound = median(bounds) if bounds else None
     return {
-        "peak_bytes": None if growth is None else weights + growth,
-        "weight_bytes": weights,
-        "bytes_per_token": shape.decode_bytes(dtype, ids.shape[1], len(ids)),
+        "bytes_per_token": system.step_bytes(point),
+        "bound_s": bound,
+        "bound_share": _ratio(bound, median(t.tpot for t in timings)),
     }
+
+
+def _ratio(value: float | None, by: float) -> float | None:
+    return None if value is None or by == 0 else value / by
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def _check_positions(engines: dict[str, Engine], length: int) -> None:
-    longest = min(engine.max_positions for engine in engines.values())
-    if length > longest:
-        raise UserError(
-            f"benchmark: prompt + output is {length} tokens, the models have {longest} positions; shorten either"
-        )
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,12 +1,13 @@
-"""Prefill and decode: the two steps of generation, each by its own model.
+"""Prefill and decode: the two steps of generation, each by its own model, on one cache.
 
 `Engine(full, student)` is OverFill: the full model reads the prompt in parallel and the student writes on its cache
 (arXiv 2508.08446, figure 1). `Engine(model, model)` is that model alone. All systems run this same code, so that what
 is measured between them is the models and not the loop around them.
 
-A `DecodeState` is what one step leaves to the next: the cache, where each row stands, and which columns are padding.
+A `DecodeState` is what one step leaves to the next: the store, how far it is filled, and which columns are padding.
+Prompts are left padded, so column P is the first new token's in every row.
 
-Letters: B batch, P prompt, N new tokens, V vocabulary.
+Letters: B batch, C columns, P prompt, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,46 +18,74 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from overfill.attention import Mask, column_masks, window_of
 from overfill.batch import positions_of
-from overfill.kv_cache import check_hand_over, hand_over
+from overfill.kv_cache import check_hand_over
+from overfill.reader import Reader, choose_decoder
+from overfill.shared_cache import KVStore, Span
+
+PREFILL_TOKENS = 8192
+"""Tokens of a batch that are prefilled at once unless told otherwise: bounds what a long prompt needs beside its cache."""
 
 
 @dataclass
 class DecodeState:
-    """Between two decode steps. Grows in place."""
+    """Between two decode steps. Changes in place."""
 
-    cache: DynamicCache
-    """Keys and values of all columns so far."""
-    positions: Tensor
-    """int64 [B, 1]: position id of the next token."""
-    mask: Tensor | None
-    """bool [B, columns so far]; None while no row has padding, which spares building an attention mask."""
+    store: KVStore
+    """Keys and values; the last column is never valid: what nobody shall read is written there."""
+    valid: Tensor
+    """bool [B, C]: columns that may be attended to once they are written."""
+    padding: Tensor
+    """int64 [B]: columns of padding before a row's first token."""
+    length: int
+    """Columns read so far, the same in every row."""
+    padded: bool
+    """Whether any row has padding; without, most passes need no mask."""
 
-    def advance(self, tokens: int) -> None:
-        """Make room for the next `tokens` columns, all of them real."""
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), tokens)], dim=1)
-        self.positions = self.positions + tokens
+    @property
+    def room(self) -> int:
+        """Tokens that can still be read."""
+        return self.store.columns - 1 - self.length
 
     def repeat(self, times: int) -> None:
         """Repeat each row `times` times, next to each other."""
-        self.cache.batch_repeat_interleave(times)
-        self.positions = self.positions.repeat_interleave(times, dim=0)
-        if self.mask is not None:
-            self.mask = self.mask.repeat_interleave(times, dim=0)
+        self.store = self.store.repeat(times)
+        self.valid = self.valid.repeat_interleave(times, dim=0)
+        self.padding = self.padding.repeat_interleave(times, dim=0)
+
+    def columns(self, tokens: int) -> Tensor:
+        """int64 [B, tokens]: the next columns."""
+        span = torch.arange(self.length, self.length + tokens, device=self.padding.device)
+        return span.expand(len(self.padding), tokens)
 
 
 class Engine:
     """Two models with the same KV geometry, or one model twice.
 
+    Args:
+        decoder: how tokens are read one at a time: `eager`, `compiled` (see `overfill.reader`), or `auto`, compiled
+            where that is possible. `self.decoder` says what it came to.
+        weights: how the decoding model's are read: `stored`, or `int8` (compiled, on a CPU).
+
     Raises:
-        UserError: the models cannot share a cache.
+        UserError: the models cannot share a cache, or cannot be compiled here.
     """
 
-    def __init__(self, prefill_model: PreTrainedModel, decode_model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        prefill_model: PreTrainedModel,
+        decode_model: PreTrainedModel,
+        decoder: str = "eager",
+        weights: str = "stored",
+    ) -> None:
         check_hand_over(prefill_model.config, decode_model.config)
         self.prefill_model = prefill_model
         self.decode_model = decode_model
+        self.decoder = choose_decoder(decoder, decode_model.device)
+        self.student = Reader(decode_model, self.decoder, weights)
+        alone = prefill_model is decode_model and weights == "stored"
+        self.full = self.student if alone else Reader(prefill_model, self.decoder)
 
     @property
     def device(self) -> torch.device:
@@ -64,59 +93,101 @@ class Engine:
         return self.decode_model.device
 
     @property
+    def compile_seconds(self) -> float:
+        """Time spent compiling so far."""
+        return sum(reader.compile_seconds for reader in {self.full, self.student})
+
+    @property
     def max_positions(self) -> int:
         """The longest sequence, prompt and response, that both models have positions for."""
         return min(model.config.max_position_embeddings for model in (self.prefill_model, self.decode_model))
 
     @torch.no_grad()
-    def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, DecodeState]:
-        """Read left-padded prompts [B, P]; logits [B, V] of the first new token, and the state to decode from."""
-        model = self.prefill_model
-        mask = None if bool(prompt_mask.all()) else prompt_mask
-        output = model(
-            input_ids=prompt_ids.to(model.device),
-            attention_mask=None if mask is None else mask.to(model.device),
-            position_ids=positions_of(prompt_mask).to(model.device),
-            past_key_values=DynamicCache(config=model.config),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = hand_over(output.past_key_values, self.decode_model.dtype, self.device)
-        positions = prompt_mask.sum(1, keepdim=True).to(self.device)
-        state = DecodeState(cache, positions, None if mask is None else mask.to(self.device))
-        return output.logits[:, -1].to(self.device), state
+    def prefill(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, room: int, chunk: int | None = None
+    ) -> tuple[Tensor, DecodeState]:
+        """Read left-padded prompts [B, P]; logits [B, V] of the first new token, and the state to decode from.
+
+        Args:
+            room: columns for new tokens.
+            chunk: prompt columns that are read at once; None: as many as make `PREFILL_TOKENS` tokens of the batch.
+        """
+        batch, width = prompt_ids.shape
+        model, device = self.decode_model, self.device
+        store = KVStore.allocate(model.config, batch, width + room + 1, model.dtype, device)
+        valid = torch.ones(batch, store.columns, dtype=torch.bool, device=device)
+        valid[:, :width] = prompt_mask.to(device)
+        valid[:, -1] = False
+        padded = not bool(prompt_mask.all())
+        padding = (~prompt_mask).sum(1).to(device)
+        state = DecodeState(store, valid, padding, 0, padded)
+        positions = positions_of(prompt_mask)
+        chunk = chunk or max(1, PREFILL_TOKENS // batch)
+        for start in range(0, width, chunk):
+            stop = min(start + chunk, width)
+            place, mask = Span(start, stop), self._mask(state, start, stop)
+            part, where = prompt_ids[:, start:stop], positions[:, start:stop]
+            if stop < width:
+                self.full.hidden(store, part, where, place, mask)
+            else:
+                logits = self.full.read(store, part, where, place, mask)
+        state.length = width
+        return logits[:, -1].to(device), state
 
     @torch.no_grad()
     def decode_one(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        """Read one token per row [B], in place on the state; logits [B, V] of the next."""
-        positions = state.positions
-        state.advance(1)
-        output = self.decode_model(
-            input_ids=tokens[:, None],
-            attention_mask=state.mask,
-            position_ids=positions,
-            past_key_values=state.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+        """The student reads one token per row [B], in place on the state; logits [B, V] of the next."""
+        self._need(state, 1)
+        stop = state.length + 1
+        if self.decoder == "eager":
+            mask = self._mask(state, state.length, stop)
+            positions = state.columns(1) - state.padding[:, None]
+            logits = self.student.read(state.store, tokens[:, None], positions, Span(state.length, stop), mask)
+        else:
+            logits = self.student.step(state.store, state.valid, state.padding, tokens[:, None], state.columns(1), stop)
+        state.length = stop
+        return logits[:, -1]
 
     @torch.no_grad()
     def decode_given(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        """Read N given tokens per row [B, N] at once, in place on the state; final hidden states [B, N, width].
+        """The student reads N given tokens per row [B, N] at once, in place on the state; hidden states [B, N, width].
 
         Teacher forcing: equal to N times `decode_one`. Rows may be padded on the right; what follows padding is void.
         """
-        positions = state.positions + torch.arange(tokens.shape[1], device=tokens.device)
-        state.advance(tokens.shape[1])
-        return self.decode_model.base_model(
-            input_ids=tokens,
-            attention_mask=state.mask,
-            position_ids=positions,
-            past_key_values=state.cache,
-            use_cache=True,
-        ).last_hidden_state
+        self._need(state, tokens.shape[1])
+        stop = state.length + tokens.shape[1]
+        positions = state.columns(tokens.shape[1]) - state.padding[:, None]
+        place, mask = Span(state.length, stop), self._mask(state, state.length, stop)
+        state.length = stop
+        return self.student.hidden(state.store, tokens, positions, place, mask)
+
+    @torch.no_grad()
+    def full_reads(self, state: DecodeState, tokens: Tensor, start: int) -> Tensor:
+        """The full model reads tokens [B, N] at columns from `start` on, over whatever the student wrote there; logits
+        [B, V] of the token after them."""
+        stop = start + tokens.shape[1]
+        positions = torch.arange(start, stop, device=self.device) - state.padding[:, None]
+        logits = self.full.read(state.store, tokens, positions, Span(start, stop), self._mask(state, start, stop))
+        state.length = stop
+        return logits[:, -1].to(self.device)
 
     def decode_head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of the decoding model's hidden states [..., width]."""
-        return self.decode_model.get_output_embeddings()(hidden)
+        return self.student.model.get_output_embeddings()(hidden)
+
+    def as_dynamic(self, state: DecodeState) -> DynamicCache:
+        """What has been read so far as a cache of `transformers`; nothing is copied."""
+        return state.store.as_dynamic(self.decode_model.config, state.length)
+
+    def _mask(self, state: DecodeState, start: int, stop: int) -> Mask:
+        """The mask of a pass over columns start to stop; None where causality is all that it would say."""
+        window = window_of(self.decode_model.config)
+        plain = not state.padded and (start == 0 or stop - start == 1) and (window is None or stop <= window)
+        if plain:
+            return None
+        span = torch.arange(start, stop, device=state.valid.device).expand(len(state.valid), stop - start)
+        return column_masks(self.decode_model.config, state.valid[:, :stop], span)
+
+    def _need(self, state: DecodeState, tokens: int) -> None:
+        if tokens > state.room:
+            raise ValueError(f"the state has room for {state.room} tokens, not for {tokens}: prefill with more `room`")

@@ -2,8 +2,9 @@
 
 Options are read, defaulted and turned into logits processors and stopping criteria by `transformers` itself (its
 `GenerationMixin` methods, of the prefilling model), so `temperature`, `min_new_tokens`, `stop_strings`, `eos_token_id`
-and the rest mean what they mean there, and the same seed draws the same tokens. The loop is ours: `prefill` by one
-model, `decode_one` by another. What the loop does not do (beams, assistants, ...) is refused before anything runs.
+and the rest mean what they mean there, and the same seed draws the same tokens. The loops are ours
+(`overfill.decode_loop`, `overfill.speculative`): `prefill` by one model, `decode_one` by another. What they do not do
+(beams, assistants, ...) is refused before anything runs.
 
 Differences from `transformers.generate`, on purpose:
 
@@ -18,18 +19,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from overfill.decode_loop import GenerationRequest, TwoStageOutput, run_loop
 from overfill.engine import Engine
 from overfill.errors import UserError
+from overfill.refresh import Refresh
+from overfill.speculative import MOST_DRAFTED, run_exact
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -39,35 +41,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "token_healing": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "prefill_chunk_size": (None,),
 }
 """Options that change the loop, with the values that leave it as it is."""
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A call to `generate`, checked and completed: everything that the loop needs."""
-
-    prompt_ids: Tensor
-    """int64 [B, P], left padded; at least one row has no padding."""
-    prompt_mask: Tensor
-    """bool [B, P]."""
-    config: GenerationConfig
-    """With all defaults filled in; `max_length` counts P and the new tokens."""
-    processors: LogitsProcessorList
-    """Logits processors, the sampling ones last."""
-    criteria: StoppingCriteriaList
-    """Stopping criteria; the maximal length is always among them."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The most tokens that a row can get."""
-        return self.config.max_length - self.prompt_ids.shape[1]
-
-    @property
-    def returns_per_prompt(self) -> int:
-        """Sequences per prompt."""
-        return self.config.num_return_sequences or 1
 
 
 def generate(
@@ -83,8 +58,11 @@ def generate(
     streamer: BaseStreamer | None = None,
     tokenizer: Any = None,
     generator: torch.Generator | None = None,
+    refresh: int | str | None = None,
+    exact: bool = False,
+    draft_tokens: int | None = None,
     **options: Any,
-) -> Tensor | GenerateDecoderOnlyOutput:
+) -> Tensor | TwoStageOutput:
     """Continue prompts, greedily or by sampling.
 
     Args:
@@ -94,17 +72,24 @@ def generate(
         generation_config, options: as for `transformers.generate`; the defaults are the prefilling model's.
         tokenizer: needed for `stop_strings`.
         generator: source of the samples.
+        refresh: when the full model re-reads what the student wrote: a number of tokens, or `"entropy>NATS"`; see
+            `overfill.refresh`.
+        exact: the student only drafts, and the full model verifies: what comes out is distributed as the full model's
+            own text, and greedily is that text; see `overfill.speculative`.
+        draft_tokens: with `exact`, tokens that are drafted at a time, 1 to 16; None: as many as pay, adaptively.
 
     Returns:
         Sequences int64 [B * num_return_sequences, P' + new tokens], prompts left padded to the longest of them, P';
         after its end a row is filled with the padding token. With `return_dict_in_generate`, the usual
-        `GenerateDecoderOnlyOutput` (`scores` and `logits` if asked for).
+        `GenerateDecoderOnlyOutput` (`scores` and `logits` if asked for), with `refreshes` and `acceptance_rate`.
 
     Raises:
         UserError: an option that is not supported, an empty prompt, or more tokens than the models have positions.
     """
     if (inputs is None) == (input_ids is None):
         raise UserError("generate: give the prompts once, as `input_ids`")
+    dial = Refresh.parse(refresh)
+    _check_mode(dial, exact, draft_tokens)
     request = prepare_request(
         engine,
         input_ids if inputs is None else inputs,
@@ -116,7 +101,9 @@ def generate(
         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
         tokenizer=tokenizer,
     )
-    return run_request(engine, request, streamer=streamer, generator=generator)
+    if exact:
+        return run_exact(engine, request, draft_tokens=draft_tokens, streamer=streamer, generator=generator)
+    return run_loop(engine, request, refresh=dial, streamer=streamer, generator=generator)
 
 
 def prepare_request(
@@ -162,57 +149,6 @@ def prepare_request(
     return GenerationRequest(prompt_ids, prompt_mask, config, processors, criteria)
 
 
-@torch.no_grad()
-def run_request(
-    engine: Engine,
-    request: GenerationRequest,
-    *,
-    streamer: BaseStreamer | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor | GenerateDecoderOnlyOutput:
-    """The loop: prefill once, then choose a token and decode it, until every row has ended."""
-    config, prompt_width = request.config, request.prompt_ids.shape[1]
-    logits, state = engine.prefill(request.prompt_ids, request.prompt_mask)
-    ids = request.prompt_ids.repeat_interleave(request.returns_per_prompt, dim=0)
-    if request.returns_per_prompt > 1:
-        logits = logits.repeat_interleave(request.returns_per_prompt, dim=0)
-        state.repeat(request.returns_per_prompt)
-    if streamer is not None:
-        streamer.put(ids.cpu())
-    ids = torch.cat([ids, ids.new_zeros(len(ids), request.max_new_tokens)], dim=1)
-    unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    scores: tuple[Tensor, ...] | None = () if config.return_dict_in_generate and config.output_scores else None
-    raw: tuple[Tensor, ...] | None = () if config.return_dict_in_generate and config.output_logits else None
-    for length in range(prompt_width, prompt_width + request.max_new_tokens):
-        # What is returned is a copy: processors may write into their input.
-        raw = raw if raw is None else (*raw, logits.to(torch.float32, copy=True))
-        step_scores = request.processors(ids[:, :length], logits.float())
-        scores = scores if scores is None else (*scores, step_scores)
-        tokens = choose(step_scores, bool(config.do_sample), generator)
-        if config._pad_token_tensor is not None:
-            tokens = torch.where(unfinished, tokens, config._pad_token_tensor)
-        ids[:, length] = tokens
-        unfinished = unfinished & ~request.criteria(ids[:, : length + 1], scores)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        if not unfinished.any():
-            break
-        logits = engine.decode_one(state, tokens)
-    if streamer is not None:
-        streamer.end()
-    sequences = ids[:, : length + 1]
-    if not config.return_dict_in_generate:
-        return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=raw, past_key_values=state.cache)
-
-
-def choose(scores: Tensor, sample: bool, generator: torch.Generator | None = None) -> Tensor:
-    """One token per row [B] from processed scores [B, V]: the highest, or a draw from their softmax."""
-    if not sample:
-        return scores.argmax(dim=-1)
-    return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=generator).squeeze(1)
-
-
 def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Move each row's real tokens to the right end, in their order, and drop columns that are padding in every row.
 
@@ -230,6 +166,15 @@ def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)
     first = mask.shape[1] - int(lengths.max())
     return ids.gather(1, order)[:, first:], mask.gather(1, order)[:, first:]
+
+
+def _check_mode(refresh: Refresh | None, exact: bool, draft_tokens: int | None) -> None:
+    if exact and refresh is not None:
+        raise UserError("generate: exact verifies every token, so there is nothing to refresh; leave refresh out")
+    if draft_tokens is not None and not exact:
+        raise UserError("generate: draft_tokens is for exact=True; leave it out")
+    if draft_tokens is not None and not 1 <= draft_tokens <= MOST_DRAFTED:
+        raise UserError(f"generate: draft_tokens is {draft_tokens}; it must be 1 to {MOST_DRAFTED}")
 
 
 def _given_lengths(

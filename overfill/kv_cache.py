@@ -6,7 +6,7 @@ rotary embedding, because cached keys are already rotated. `check_hand_over` com
 
 Two ways to continue:
 
-- decoding: the full model's `DynamicCache` itself goes to the student, without a copy (`hand_over`), and grows;
+- decoding: both models write and read one store of static tensors (`overfill.shared_cache`);
 - training: `PrefixCache` holds the full model's prompt states as constants and lets each layer see
   [prefix, own states]. It never grows: `update` is a pure function of its arguments, so activation checkpointing may
   run a layer a second time. It can keep the student's own states of the first run, which the KV match compares with
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from overfill.errors import UserError
@@ -65,15 +65,6 @@ def check_hand_over(full: PretrainedConfig, student: PretrainedConfig) -> None:
                 f"student config: {field} is {found[field]}, the full model's is {value}; a student continues the full "
                 "model's KV cache, so it may be narrower (hidden_size, intermediate_size) but must share this field"
             )
-
-
-def hand_over(cache: DynamicCache, dtype: torch.dtype, device: torch.device) -> DynamicCache:
-    """Make a prefilled cache fit the model that decodes. The cache is moved as it is; a copy is made only for another
-    dtype or device."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.to(device, dtype), layer.values.to(device, dtype)
-        layer.dtype, layer.device = dtype, device
-    return cache
 
 
 class PrefixLayer(CacheLayerMixin):

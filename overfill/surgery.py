@@ -50,7 +50,7 @@ def prune(
     """
     shape = checked_shape(full.config.to_dict(), full.name_or_path or "model")
     kept = _choose(shape, scores, widths)
-    student = _empty(student_config(full.config, widths), full.dtype).to(full.device)
+    student = empty_model(student_config(full.config, widths), full.dtype).to(full.device)
     source = dict(full.named_parameters())
     wanted = parameters(shape)
     check_names(set(source), wanted, full.name_or_path or "model")
@@ -153,6 +153,14 @@ def copy_companions(full_folder: Path, out: Path) -> None:
                 shutil.copyfile(file, out / file.name)
 
 
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose weights are still to be written: allocated, not initialised."""
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # left out together with the initialisation
+    return model
+
+
 def _channels(axis: Axis, layer: int | None, kept: KeptChannels) -> Tensor | None:
     if axis is Axis.HIDDEN:
         return kept.hidden
@@ -174,14 +182,6 @@ def _choose(shape: ModelShape, scores: ImportanceScores, widths: PrunedWidths) -
             f"{shape.hidden}/{shape.intermediate}; use resolve_widths"
         )
     return scores.keep(widths)
-
-
-def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose weights are still to be written: allocated, not initialised."""
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # left out together with the initialisation
-    return model
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -135,6 +135,38 @@ def generate(
 
 
 @app.command()
+def bench(
+    student: Annotated[
+        str | None, typer.Argument(metavar="STUDENT_FOLDER", help="A student; its full model stands in its manifest.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights of a named shape and pruning ratio: llama-3.2-3b:0.45.")
+    ] = None,
+    full: Annotated[str | None, typer.Option(help="Where the full model lies, if it has moved.")] = None,
+    batch: Annotated[str, typer.Option(help="Rows decoded at once; a list such as 1,8 makes a grid.")] = "1",
+    prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, a list.")] = "128",
+    output: Annotated[str, typer.Option(help="New tokens, a list.")] = "32",
+    systems: Annotated[str | None, typer.Option(help="A list of systems; left out: all that apply.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    decoder: Annotated[str, typer.Option(help="eager, compiled, or auto: compiled where that is possible.")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Measured repetitions, of which medians are taken.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Repetitions before, not counted.")] = 1,
+    refresh: Annotated[str, typer.Option(help="Of overfill-refresh: tokens between refreshes, or entropy>2.0.")] = "64",
+    draft: Annotated[int | None, typer.Option(help="Tokens drafted at once; left out: adaptive.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line per measurement, nothing else.")] = False,
+    plot: Annotated[str | None, typer.Option(help="Draw the roofline into this file (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Measure TTFT, TPOT and the memory bound of two-stage decoding and of what it is compared with."""
+    from pipeline.bench import BenchRequest
+    from pipeline.bench import bench as run_bench
+
+    options = {name: value for name, value in locals().items() if name in BenchRequest.__dataclass_fields__}
+    run_bench(BenchRequest(**options))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of experiment files, for editors."""
     from pipeline.config_io import schema as experiment_schema

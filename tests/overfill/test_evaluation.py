@@ -1,4 +1,4 @@
-"""Exact match, likelihood and agreement of a system on held-out samples, and the latency of its parts."""
+"""Exact match, likelihood and agreement of a system on held-out samples."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import pytest
 import torch
 from pairs import EOS, PAD, full_model, row_logits, student_model
 
-from overfill.benchmark import measure_point, time_generation
 from overfill.engine import Engine
 from overfill.evaluation import Sample, answer_of, is_correct, judge
-from overfill.memory import peak_growth
-from overfill.shapes import ModelShape
 
 
 class Letters:
@@ -27,7 +24,7 @@ class Letters:
 def greedy_alone(engine: Engine, prompt: list[int], most: int) -> list[int]:
     """The answer of one unpadded prompt, token by token through the engine's steps."""
     ids = torch.tensor([prompt])
-    logits, state = engine.prefill(ids, torch.ones_like(ids, dtype=torch.bool))
+    logits, state = engine.prefill(ids, torch.ones_like(ids, dtype=torch.bool), room=16)
     answer = []
     for _ in range(most):
         answer.append(int(logits.argmax(-1)))
@@ -94,40 +91,3 @@ def test_what_counts_as_the_same_answer(prediction, reference, pattern, right):
 
 def test_an_answer_is_the_last_match():
     assert answer_of("#### 1 then #### 2,000 ", r"#### ([\d,]+)") == "2000"
-
-
-def test_timing_reports_every_system_once_with_what_its_step_reads(two_stage):
-    student = two_stage.decode_model
-    engines = {"student": Engine(student, student), "overfill": two_stage}
-    rows = measure_point(engines, batch=2, prompt=8, output=4, repeats=3, warmup=1, dtype="fp32")
-    assert [row["system"] for row in rows] == ["student", "overfill"]
-    shape = ModelShape.from_config(student.config.to_dict())
-    weights = {"student": shape.weight_bytes("fp32")}
-    weights["overfill"] = weights["student"] + ModelShape.from_config(
-        two_stage.prefill_model.config.to_dict()
-    ).weight_bytes("fp32")
-    for row in rows:
-        low, high = row["tpot_spread_s"]
-        assert 0 < low <= row["tpot_s"] <= high
-        assert row["tokens_per_s"] == pytest.approx(2 * 4 / (row["ttft_s"] + 3 * row["tpot_s"]), rel=0.8)
-        assert row["bytes_per_token"] == shape.decode_bytes("fp32", 8, 2)
-        assert row["weight_bytes"] == weights[row["system"]]
-
-
-def test_time_to_first_token_is_the_prefills(two_stage, monkeypatch):
-    steps = []
-    prefill, decode = two_stage.prefill, two_stage.decode_one
-    monkeypatch.setattr(two_stage, "prefill", lambda *a: (steps.append("prefill"), prefill(*a))[1])
-    monkeypatch.setattr(two_stage, "decode_one", lambda *a: (steps.append("decode"), decode(*a))[1])
-    time_generation(two_stage, torch.randint(3, 30, (1, 5)), output=4)
-    assert steps == ["prefill", "decode", "decode", "decode"]
-
-
-def test_peak_growth_sees_memory_that_is_freed_again():
-    def allocate() -> None:
-        torch.ones(16 * 2**20).add_(1)  # 64 MiB, written, gone at the end
-
-    grown = peak_growth(allocate, torch.device("cpu"))
-    if grown is None:
-        pytest.skip("this system does not say how much memory a process used at its peak")
-    assert 60 * 2**20 < grown < 200 * 2**20

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria
 
+from overfill.decode_loop import choose
 from overfill.engine import Engine
 from overfill.errors import UserError
-from overfill.generation import choose, generate, left_aligned
+from overfill.generation import generate, left_aligned
 
 PROMPTS = torch.tensor([[3, 14, 5, 9, 26, 8], [0, 0, 9, 8, 7, 13], [0, 0, 0, 0, 0, 4]])
 MASK = PROMPTS != PAD

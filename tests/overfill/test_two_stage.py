@@ -42,7 +42,7 @@ def test_the_first_token_is_the_full_models_and_the_others_the_students(kind: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_and_single_steps_equal_one_teacher_forced_forward(kind: str) -> None:
     model, batch = TwoStageForCausalLM(full_model(kind), student_model(kind)), PromptResponseBatch.collate(ROWS, 0)
-    logits, state = model.prefill(batch.prompt_ids, batch.prompt_mask)
+    logits, state = model.prefill(batch.prompt_ids, batch.prompt_mask, batch.response_width)
     steps = [logits]
     for column in range(batch.response_width - 1):
         steps.append(model.decode_one(state, batch.response_ids[:, column]))
@@ -56,7 +56,7 @@ def test_prefill_computes_logits_of_one_position_only() -> None:
     full, seen = full_model("llama"), []
     full.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
     model = TwoStageForCausalLM(full, student_model("llama"))
-    model.prefill(torch.tensor([[4, 5, 6, 7]]), torch.ones(1, 4, dtype=torch.bool))
+    model.prefill(torch.tensor([[4, 5, 6, 7]]), torch.ones(1, 4, dtype=torch.bool), room=1)
     assert seen == [(1, 1, SIZES["vocab_size"])]
 
 

@@ -1,0 +1,289 @@
+// Linear layers and attention for a few rows of input on a CPU, as fast as memory gives weights and cache.
+//
+// y[m, n] = sum_k x[m, k] w[n, k] (+ b[n]), with w in bf16, or in int8 with one scale per output channel. A weight is
+// read once for up to four rows of x, widened to fp32 in registers and accumulated in fp32. Both formats are read as
+// pairs of vectors of eight: bf16 as the even and the odd elements of sixteen (a shift and a mask widen them), int8 as
+// the first and the second eight. x is split alike beforehand. The code is plain GCC/Clang vector extensions: on wider
+// machines a vector of eight is what it is, on narrower ones the compiler splits it.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t VECTOR = 8;
+constexpr int64_t PAIR = 2 * VECTOR;
+constexpr int64_t BLOCK = 8;             // output channels that are computed together
+constexpr int64_t LEAST_WORK = 65536;    // multiplications below which another thread does not pay
+constexpr int64_t MOST_WORK = 1048576;   // and beyond which a part is no better for being longer
+
+typedef float Floats __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(32), aligned(4)));
+typedef int8_t Bytes __attribute__((vector_size(8), aligned(1)));
+
+struct BFloat16Weights {
+  typedef uint16_t Element;
+  static constexpr bool INTERLEAVED = true;
+  static inline void load(const Element* from, Floats& first, Floats& second) {
+    Words words;
+    std::memcpy(&words, from, sizeof(words));
+    const Words low = words << 16, high = words & 0xffff0000u;
+    std::memcpy(&first, &low, sizeof(first));
+    std::memcpy(&second, &high, sizeof(second));
+  }
+};
+
+struct Int8Weights {
+  typedef int8_t Element;
+  static constexpr bool INTERLEAVED = false;
+  static inline void load(const Element* from, Floats& first, Floats& second) {
+    first = widen(from);
+    second = widen(from + VECTOR);
+  }
+  static inline Floats widen(const Element* from) {
+#if defined(__AVX2__) // GCC takes the generic conversion apart into single elements
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return reinterpret_cast<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Floats);
+#endif
+  }
+};
+
+// Calls body(begin, end) for parts of [0, items) on all threads. A thread takes the next part when it is done with
+// one: on a shared machine threads are not equally fast, and an equal split waits for the slowest.
+template <class Body>
+void share(int64_t items, int64_t part, const Body& body) {
+  const int64_t parts = (items + part - 1) / part;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), parts);
+  if (threads <= 1) {
+    if (items > 0) body(0, items);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(part, std::memory_order_relaxed)) < items;)
+      body(begin, std::min(begin + part, items));
+  });
+}
+
+inline float total(const Floats& vector) {
+  float sum = 0;
+  for (int i = 0; i < VECTOR; i++) sum += vector[i];
+  return sum;
+}
+
+// ROWS output channels times COLUMNS rows of x; `first` and `second` are x split, each [COLUMNS, half].
+template <class Weights, int ROWS, int COLUMNS>
+inline void tile(const typename Weights::Element* weights, int64_t inputs, const float* first, const float* second,
+                 float* out, int64_t outputs) {
+  const int64_t half = inputs / 2;
+  Floats sums[ROWS][COLUMNS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+    for (int c = 0; c < COLUMNS; c++) sums[r][c] = Floats{};
+  for (int64_t i = 0; i < half; i += VECTOR) {
+    Floats a[ROWS], b[ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) {
+      // The same place in the next block: rows are too short for the processor to see a stream in each.
+      __builtin_prefetch(weights + (r + BLOCK) * inputs + 2 * i, 0, 2);
+      Weights::load(weights + r * inputs + 2 * i, a[r], b[r]);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < COLUMNS; c++) {
+      const Floats x = *reinterpret_cast<const Floats*>(first + c * half + i);
+      const Floats y = *reinterpret_cast<const Floats*>(second + c * half + i);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; r++) {
+        sums[r][c] += a[r] * x;
+        sums[r][c] += b[r] * y;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+    for (int c = 0; c < COLUMNS; c++) out[c * outputs + r] = total(sums[r][c]);
+}
+
+// Output channels n to n + BLOCK for all rows of x: the weights stay in the first-level cache between them.
+template <class Weights>
+void block(const typename Weights::Element* weights, int64_t inputs, int64_t rows, const float* first,
+           const float* second, float* out, int64_t outputs) {
+  const int64_t half = inputs / 2;
+  int64_t m = 0;
+  for (; m + 2 <= rows; m += 2)
+    for (int64_t r = 0; r < BLOCK; r += 4)
+      tile<Weights, 4, 2>(weights + r * inputs, inputs, first + m * half, second + m * half, out + m * outputs + r,
+                          outputs);
+  for (; m < rows; m++)
+    tile<Weights, 8, 1>(weights, inputs, first + m * half, second + m * half, out + m * outputs, outputs);
+}
+
+template <class Weights>
+void run(const typename Weights::Element* weights, int64_t inputs, int64_t outputs, int64_t rows, const float* first,
+         const float* second, float* out) {
+  const int64_t half = inputs / 2, blocks = outputs / BLOCK;
+  const int64_t work = std::clamp(outputs * inputs / 8, LEAST_WORK, MOST_WORK);
+  const int64_t part = std::max<int64_t>(1, work / (BLOCK * inputs));
+  share(blocks, part, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * BLOCK; n < end * BLOCK; n += BLOCK)
+      block<Weights>(weights + n * inputs, inputs, rows, first, second, out + n, outputs);
+  });
+  for (int64_t n = blocks * BLOCK; n < outputs; n++)
+    for (int64_t m = 0; m < rows; m++)
+      tile<Weights, 1, 1>(weights + n * inputs, inputs, first + m * half, second + m * half, out + m * outputs + n,
+                          outputs);
+}
+
+// x [rows, inputs] -> two of [rows, inputs / 2], as the weights' format pairs them.
+template <class Weights>
+void split(const float* x, int64_t rows, int64_t inputs, float* first, float* second) {
+  const int64_t half = inputs / 2;
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t i = 0; i < half; i++) {
+      const int64_t pair = i / VECTOR * PAIR, lane = i % VECTOR;
+      const float* from = x + m * inputs;
+      first[m * half + i] = Weights::INTERLEAVED ? from[2 * i] : from[pair + lane];
+      second[m * half + i] = Weights::INTERLEAVED ? from[2 * i + 1] : from[pair + VECTOR + lane];
+    }
+}
+
+template <class Weights>
+at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weight) {
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
+  const at::Tensor wide = x.to(at::kFloat);
+  at::Tensor out = at::empty({rows, outputs}, wide.options());
+  std::vector<float> first(rows * inputs / 2), second(rows * inputs / 2);
+  split<Weights>(wide.const_data_ptr<float>(), rows, inputs, first.data(), second.data());
+  run<Weights>(static_cast<const typename Weights::Element*>(weight.const_data_ptr()), inputs, outputs, rows,
+               first.data(), second.data(), out.mutable_data_ptr<float>());
+  return out;
+}
+
+void check(const at::Tensor& input, const at::Tensor& weight, at::ScalarType type) {
+  TORCH_CHECK(weight.scalar_type() == type && weight.dim() == 2 && weight.is_contiguous(),
+              "linear: the weight must be a contiguous matrix of its type");
+  TORCH_CHECK(input.size(-1) == weight.size(1) && weight.size(1) % PAIR == 0,
+              "linear: inputs must be as many as the weight's and a multiple of 16");
+}
+
+at::Tensor finish(at::Tensor out, const at::Tensor& input, const std::optional<at::Tensor>& bias) {
+  if (bias.has_value()) out.add_(*bias);
+  auto shape = input.sizes().vec();
+  shape.back() = out.size(1);
+  return out.to(input.scalar_type()).view(shape);
+}
+
+at::Tensor linear_bf16(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  check(input, weight, at::kBFloat16);
+  const auto x = input.reshape({-1, input.size(-1)}).contiguous();
+  return finish(few_rows<BFloat16Weights>(x, weight), input, bias);
+}
+
+at::Tensor linear_int8(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& scale,
+                       const std::optional<at::Tensor>& bias) {
+  check(input, weight, at::kChar);
+  const auto x = input.reshape({-1, input.size(-1)}).contiguous();
+  return finish(few_rows<Int8Weights>(x, weight).mul_(scale), input, bias);
+}
+
+// Attention of few queries over a cache in bf16, read once: per row and KV head, the queries of its group.
+//
+// q [B, H, G, K], k and v [B, H, C, K] (strided in B and H, rows of K contiguous), mask [B, G, C]: out [B, H, G, K].
+// Scores, their softmax (with the maximum subtracted) and the sum of values are in fp32.
+void attend(const float* q, const uint16_t* k, const uint16_t* v, int64_t stride, const bool* mask, int64_t queries,
+            int64_t columns, int64_t width, float scale, float* scores, float* out) {
+  for (int64_t c = 0; c < columns; c++) {
+    const uint16_t* key = k + c * stride;
+    for (int64_t g = 0; g < queries; g++) {
+      if (!mask[g * columns + c]) {
+        scores[g * columns + c] = -INFINITY;
+        continue;
+      }
+      Floats sum = Floats{};
+      for (int64_t i = 0; i < width; i += PAIR) {
+        Floats a, b;
+        BFloat16Weights::load(key + i, a, b);
+        sum += a * *reinterpret_cast<const Floats*>(q + g * width + i);
+        sum += b * *reinterpret_cast<const Floats*>(q + g * width + i + VECTOR);
+      }
+      scores[g * columns + c] = scale * total(sum);
+    }
+  }
+  for (int64_t g = 0; g < queries; g++) {
+    float* line = scores + g * columns;
+    const float most = *std::max_element(line, line + columns);
+    float sum = 0;
+    for (int64_t c = 0; c < columns; c++) sum += line[c] = line[c] == -INFINITY ? 0.0f : std::exp(line[c] - most);
+    for (int64_t c = 0; c < columns; c++) line[c] /= sum;
+  }
+  std::fill(out, out + queries * width, 0.0f);
+  for (int64_t c = 0; c < columns; c++)
+    for (int64_t i = 0; i < width; i += PAIR) {
+      Floats a, b;
+      BFloat16Weights::load(v + c * stride + i, a, b);
+      for (int64_t g = 0; g < queries; g++) {
+        const float weight = scores[g * columns + c];
+        *reinterpret_cast<Floats*>(out + g * width + i) += weight * a;
+        *reinterpret_cast<Floats*>(out + g * width + i + VECTOR) += weight * b;
+      }
+    }
+}
+
+at::Tensor grouped_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                             const at::Tensor& mask, double scale) {
+  const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), width = query.size(3);
+  const int64_t columns = key.size(2), stride = key.stride(2);
+  TORCH_CHECK(key.scalar_type() == at::kBFloat16 && value.scalar_type() == at::kBFloat16 && width % PAIR == 0,
+              "grouped_attention: keys and values must be bf16, with a multiple of 16 channels per head");
+  TORCH_CHECK(key.stride(3) == 1 && value.strides() == key.strides(), "grouped_attention: channels must be contiguous");
+  // Even and odd channels of each sixteen apart, as keys and values come out of their format; undone at the end.
+  const auto pairs = width / PAIR;
+  const at::Tensor q =
+      query.to(at::kFloat).reshape({batch, heads, queries, pairs, VECTOR, 2}).transpose(4, 5).contiguous();
+  const at::Tensor seen = mask.contiguous();
+  at::Tensor out = at::empty(q.sizes(), q.options());
+  const float* from = q.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const auto* keys = static_cast<const uint16_t*>(key.const_data_ptr());
+  const auto* values = static_cast<const uint16_t*>(value.const_data_ptr());
+  const bool* visible = seen.const_data_ptr<bool>();
+  share(batch * heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(queries * columns);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t row = i / heads, at = row * key.stride(0) + i % heads * key.stride(1);
+      attend(from + i * queries * width, keys + at, values + at, stride, visible + row * queries * columns, queries,
+             columns, width, static_cast<float>(scale), scores.data(), to + i * queries * width);
+    }
+  });
+  return out.transpose(4, 5).reshape(query.sizes()).to(query.scalar_type());
+}
+
+} // namespace
+
+TORCH_LIBRARY(overfill, library) {
+  library.def("linear_bf16(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("linear_int8(Tensor input, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
+  library.def("grouped_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(overfill, CPU, library) {
+  library.impl("linear_bf16", linear_bf16);
+  library.impl("linear_int8", linear_int8);
+  library.impl("grouped_attention", grouped_attention);
+}

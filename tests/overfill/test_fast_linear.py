@@ -1,0 +1,116 @@
+"""The CPU kernels against plain products, and the twin that uses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pairs import build, config_of
+from torch import nn
+
+from overfill import kernels
+from overfill.engine import Engine
+from overfill.errors import UserError
+from overfill.fast_linear import FastLinear, Int8Linear, fast_twin, weight_bytes
+from overfill.reader import choose_decoder
+
+needs_compiler = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
+CPU = torch.device("cpu")
+
+
+def layer(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(inputs + outputs)
+    return nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 2, 3, 9, 32, 33])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 1), (48, 17), (1728, 72)])
+def test_products_are_right_for_any_shape(rows: int, inputs: int, outputs: int) -> None:
+    kernels.load()
+    linear, x = layer(inputs, outputs), torch.randn(rows, inputs, dtype=torch.bfloat16)
+    expected = F.linear(x.float(), linear.weight.float(), linear.bias.float())
+    torch.testing.assert_close(FastLinear(linear)(x).float(), expected, atol=1e-2, rtol=1e-2)
+    shaped = FastLinear(linear)(x[:, None])
+    assert shaped.shape == (rows, 1, outputs)
+    assert shaped.dtype == torch.bfloat16
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_int8_is_the_nearest_of_255_steps_per_channel(rows: int) -> None:
+    kernels.load()
+    linear, x = layer(64, 40, bias=False), torch.randn(rows, 64, dtype=torch.bfloat16)
+    rounded = Int8Linear(linear)
+    wide = rounded.weight.float() * rounded.scale[:, None]
+    step = linear.weight.float().abs().amax(1, keepdim=True) / 127
+    assert bool(((wide - linear.weight.float()).abs() <= 0.51 * step).all())
+    assert int(rounded.weight.abs().max()) == 127
+    torch.testing.assert_close(rounded(x).float(), F.linear(x.float(), wide), atol=1e-2, rtol=1e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("groups", "columns", "width"), [(1, 3, 16), (3, 70, 32), (5, 200, 128)])
+def test_grouped_attention_is_attention(groups: int, columns: int, width: int) -> None:
+    kernels.load()
+    torch.manual_seed(groups)
+    q = torch.randn(2, 4, groups, width, dtype=torch.bfloat16)
+    store = torch.randn(2, 2, 4, columns + 9, width, dtype=torch.bfloat16)
+    k, v = store[0, :, :, :columns], store[1, :, :, :columns]
+    mask = torch.rand(2, groups, columns) > 0.4
+    mask[:, :, columns // 2] = True
+    found = torch.ops.overfill.grouped_attention(q, k, v, mask, 0.3)
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask[:, None], scale=0.3)
+    torch.testing.assert_close(found.float(), expected, atol=1e-2, rtol=1e-2)
+
+
+@needs_compiler
+def test_a_twin_shares_every_weight_that_it_does_not_round_and_leaves_the_model_alone() -> None:
+    model = build(config_of("qwen3"), seed=1).to(torch.bfloat16)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    twin = fast_twin(model)
+    assert {name: parameter.data_ptr() for name, parameter in twin.named_parameters()} == before
+    assert not any(isinstance(module, FastLinear) for module in model.modules())
+    assert sum(isinstance(module, FastLinear) for module in twin.modules()) == 7 * 3 - 3 + 1  # down: 40 inputs
+    rounded = fast_twin(model, "int8")
+    assert sum(isinstance(module, Int8Linear) for module in rounded.modules()) == 7 * 3 - 3 + 1
+    assert 0.5 < weight_bytes(rounded) / weight_bytes(model) < 0.75
+
+
+def test_a_step_reads_the_head_and_not_the_embedding_unless_they_are_one() -> None:
+    config = config_of("llama")
+    apart = build(config, seed=1)
+    config.tie_word_embeddings = True
+    tied = build(config, seed=1)
+    assert weight_bytes(apart) == weight_bytes(tied)
+
+
+def test_a_build_that_fails_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'kernel: error: no such luck' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="no such luck"):
+        kernels._build(kernels.library_path())
+    assert list((tmp_path / "cache" / "overfill").iterdir()) == []
+
+
+def test_without_a_compiler_auto_is_eager_and_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert choose_decoder("auto", CPU) == "eager"
+    with pytest.raises(UserError, match=r"no C\+\+ compiler"):
+        choose_decoder("compiled", CPU)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "weights", "words"),
+    [("fast", "stored", "decoder: 'fast'"), ("eager", "int8", "int8"), ("eager", "int4", "int4")],
+)
+def test_what_is_not_possible_is_refused(decoder: str, weights: str, words: str) -> None:
+    model = build(config_of("llama"), seed=1)
+    with pytest.raises(UserError, match=words):
+        Engine(model, model, decoder, weights)
