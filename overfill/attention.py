@@ -3,9 +3,9 @@
 A query at column c sees the columns up to c that hold real tokens, and with a sliding window of w only the last w of
 them. Real tokens of a row are contiguous, so distances in columns are distances in positions.
 
-`transformers` repeats the keys and values of grouped-query attention as often as heads share them as soon as there is
-a mask. When decoding, that is several times the cache in memory traffic per token; here the queries of a group are
-stacked instead and the cache is read once.
+With a mask, `transformers` repeats the keys and values of grouped-query attention as often as heads share them, except
+for a single query outside of a compiled graph. When decoding, that is several times the cache in memory traffic per
+token; here the queries of a group are stacked instead and the cache is read once.
 
 Letters: B batch, C columns, N tokens of a pass, Q query heads, H KV heads, K head dim.
 """
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from overfill import kernels
 from overfill.kv_cache import kv_geometry
 
-NAME = "overfill_grouped"
-STACKED_QUERIES = 64
+NAME, ON_CPU = "overfill_grouped", "overfill_grouped_cpu"
+"""Our attention functions: of PyTorch's kernels, and with the one of `overfill.kernels`."""
+STACKED_QUERIES = 256
 """Up to so many stacked queries the mask, which is stacked too, costs next to nothing."""
 
 Mask = Tensor | dict[str, Tensor] | None
@@ -56,22 +56,41 @@ def grouped_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     stacked = query.reshape(batch, key.shape[1], groups * length, width)
     mask = attention_mask.repeat(1, 1, groups, 1)
-    if kernels.is_loaded() and key.device.type == "cpu" and key.dtype == torch.bfloat16 and width % 16 == 0:
-        scale = width**-0.5 if scaling is None else scaling
-        packed = torch.ops.overfill.grouped_attention(stacked, key, value, mask[:, 0], scale)
-        return packed.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
     out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
     return out.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
 
 
+def grouped_attention_on_cpu(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The same through the kernel of `overfill.kernels` where it fits: few queries with a mask over a bf16 cache."""
+    batch, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    fits = key.dtype == torch.bfloat16 and width % 16 == 0 and groups * length <= STACKED_QUERIES
+    if attention_mask is None or not fits:
+        return grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs)
+    stacked = query.reshape(batch, key.shape[1], groups * length, width)
+    mask = attention_mask.repeat(1, 1, groups, 1)[:, 0]
+    scale = width**-0.5 if scaling is None else scaling
+    out = torch.ops.overfill.grouped_attention(stacked, key, value, mask, scale)
+    return out.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
+
+
 AttentionInterface.register(NAME, grouped_attention)
+AttentionInterface.register(ON_CPU, grouped_attention_on_cpu)
 
 
 @contextmanager
-def our_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model attends through `grouped_attention`, whatever it was loaded with."""
+def our_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+    """Inside, the model attends through one of our functions, whatever it was loaded with."""
     before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+    model.config._attn_implementation = name
     try:
         yield
     finally:

@@ -3,9 +3,9 @@
 TTFT is the time from the prompt to the first token, TPOT the time per token after it; both are reported apart, because
 OverFill's first token costs what the full model's does and its others what the student's do (arXiv 2508.08446,
 section 5). The systems alternate within every repetition, and after each one memory is read (`overfill.bound`), so that
-a machine that slows down slows all of them and their bound too; medians are taken. Prompts are random tokens and nothing
-ends early: latency depends on shapes, not on what is said (what `exact` and `transformers-assisted` accept does depend
-on it).
+a machine that slows down slows all of them and their bound too; medians are taken. Prompts are random tokens unless
+some are given, and nothing ends early: latency depends on shapes, not on what is said, except where the student's text
+is judged (`exact`, `transformers-assisted`, a refresh by entropy).
 
 Letters: B batch, P prompt, N new tokens.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,10 +27,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from overfill.bound import MemoryReader, wait
 from overfill.checkpoint import load_full_model, load_student
+from overfill.dial import NONE
 from overfill.errors import UserError
 from overfill.memory import peak_growth
 from overfill.systems import System, make_systems
-from overfill.workload import FULL, OVERFILL, PLAIN_FULL, STUDENT, Point, grid
+from overfill.workload import EXACT, FULL, OVERFILL, PLAIN_FULL, REFRESH, STUDENT, Point, grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Row = dict[str, Any]
@@ -99,22 +101,38 @@ def measure_systems(
     dtype: str,
     device: str,
     decoder: str = "eager",
+    weights: str = "stored",
+    refresh: int | str = NONE,
+    texts: Sequence[Sequence[int]] = (),
 ) -> list[Row]:
     """Time the full model and, with a student folder, the student alone and OverFill on every grid point.
 
+    Args:
+        weights: the student's, `stored` or `int8`.
+        refresh: a setting of `overfill.dial`; other than `none`, OverFill with it is timed as well.
+        texts: token ids of prompts to measure with, see `prompts_of`; random tokens without.
+
     Returns one row per grid point and system, see `measure_point`. Raises UserError where a grid point is longer than
-    the models' positions, or the decoder cannot be had.
+    the models' positions, or the decoder or the weights cannot be had.
     """
     place = torch.device(device)
     full_model = load_full_model(full, dtype=DTYPES[dtype], device=place)
     student_model = None if student is None else load_student(student, dtype=DTYPES[dtype], device=place)
     names = [FULL] if student is None else [FULL, STUDENT, OVERFILL]
-    systems = make_systems(full_model, student_model, names, decoder)
+    names += [] if refresh == NONE or student is None else [EXACT] if refresh == EXACT else [REFRESH]
+    dial = refresh if REFRESH in names else None
+    systems = make_systems(full_model, student_model, names, decoder, dial, weights=weights)
     points = grid(batches, prompts, outputs, dtype)
-    return [row for rows in measure_grid(systems, points, repeats, warmup) for row in rows]
+    return [row for rows in measure_grid(systems, points, repeats, warmup, texts) for row in rows]
 
 
-def measure_grid(systems: Sequence[System], points: Sequence[Point], repeats: int, warmup: int) -> Iterator[list[Row]]:
+def measure_grid(
+    systems: Sequence[System],
+    points: Sequence[Point],
+    repeats: int,
+    warmup: int,
+    texts: Sequence[Sequence[int]] = (),
+) -> Iterator[list[Row]]:
     """The rows of one grid point after another, as they are measured; points that no system fits are passed over.
 
     Raises UserError before the first when a point is longer than the models' positions."""
@@ -130,11 +148,16 @@ def measure_grid(systems: Sequence[System], points: Sequence[Point], repeats: in
     for point in points:
         fitting = [system for system in systems if not system.unfit(point)]
         if fitting:
-            yield measure_point(fitting, point, repeats, warmup, reader)
+            yield measure_point(fitting, point, repeats, warmup, reader, texts)
 
 
 def measure_point(
-    systems: Sequence[System], point: Point, repeats: int, warmup: int, reader: MemoryReader
+    systems: Sequence[System],
+    point: Point,
+    repeats: int,
+    warmup: int,
+    reader: MemoryReader,
+    texts: Sequence[Sequence[int]] = (),
 ) -> list[Row]:
     """One row per system, in their order. All times are medians over `repeats` repetitions, after `warmup` others.
 
@@ -147,7 +170,7 @@ def measure_point(
     where that was not measured); `compile_s` (spent while this system ran at this point); `acceptance_rate`.
     """
     vocabulary = min(model.config.vocab_size for system in systems for model in system.models)
-    ids = torch.randint(0, vocabulary, (point.batch, point.prompt), generator=torch.Generator().manual_seed(0))
+    ids = prompts_of(point, vocabulary, texts)
     timings: dict[str, list[Timing]] = {system.name: [] for system in systems}
     bounds: dict[str, list[float]] = {system.name: [] for system in systems}
     compiled = {system.name: 0.0 for system in systems}
@@ -173,6 +196,21 @@ def measure_point(
     ]
     baseline = next((row["tpot_s"] for row in rows if row["system"] == PLAIN_FULL), None)
     return [{**row, "speed_up": _ratio(baseline, row["tpot_s"])} for row in rows]
+
+
+def prompts_of(point: Point, vocabulary: int, texts: Sequence[Sequence[int]] = ()) -> Tensor:
+    """Prompts int64 [B, P] for a grid point: random tokens; or of `texts`, row after row, as many as fill P tokens, the
+    last one whole at the end."""
+    if not texts:
+        return torch.randint(0, vocabulary, (point.batch, point.prompt), generator=torch.Generator().manual_seed(0))
+    rows: list[list[int]] = []
+    remaining = cycle(texts)
+    for _ in range(point.batch):
+        row: list[int] = []
+        while len(row) < point.prompt:
+            row += [int(token) for token in next(remaining)]
+        rows.append(row[-point.prompt :])
+    return torch.tensor(rows)
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from overfill.dial import Refresh
 from overfill.engine import DecodeState, Engine
-from overfill.refresh import Refresh, Refresher
+from overfill.refresh import Refresher
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,15 @@ class TwoStageOutput(GenerateDecoderOnlyOutput):
 
     refreshes: int | None = None
     """Rows refreshed, over the whole generation; None without `refresh`."""
-    acceptance_rate: float | None = None
-    """Share of drafted tokens that the full model accepted; None without `exact`, or when nothing was drafted."""
+    drafted: int | None = None
+    """Tokens that the student drafted for rows that had not ended; None without `exact`."""
+    accepted: int | None = None
+    """How many of them the full model accepted."""
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted over drafted; None without `exact`, or when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted and self.accepted is not None else None
 
 
 class EndWatch:
@@ -71,12 +79,12 @@ class EndWatch:
 
     def all_ended(self, unfinished: Tensor) -> bool:
         """Hand in bool [B] as of the newest token; true if some token up to `lag` ago is known to be the last."""
-        flag, event = unfinished.any(), None
-        if flag.device.type == "cuda":
+        flag, event, device = unfinished.any(), None, unfinished.device
+        if device.type == "cuda":
             pinned = torch.empty((), dtype=torch.bool, pin_memory=True)
             pinned.copy_(flag, non_blocking=True)
             flag, event = pinned, torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(device))
         self._flags.append((flag, event))
         return len(self._flags) > self.lag and self._next_is_last()
 
@@ -173,7 +181,7 @@ def run_loop(
         sequences=sequences,
         scores=text.scores,
         logits=text.logits,
-        past_key_values=state.store.as_dynamic(engine.decode_model.config, text.length - 1),
+        past_key_values=engine.as_dynamic(state, text.length - 1),
         refreshes=None if refresher is None else refresher.count,
     )
 

@@ -12,6 +12,7 @@ Letters: B batch, C columns, P prompt, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from overfill.attention import Mask, column_masks, window_of
 from overfill.batch import positions_of
 from overfill.kv_cache import check_hand_over
-from overfill.reader import Reader, choose_decoder
+from overfill.reader import GPU_BLOCK, Reader, choose_decoder
 from overfill.shared_cache import KVStore, Span
 
 PREFILL_TOKENS = 8192
@@ -66,7 +67,9 @@ class Engine:
     Args:
         decoder: how tokens are read one at a time: `eager`, `compiled` (see `overfill.reader`), or `auto`, compiled
             where that is possible. `self.decoder` says what it came to.
-        weights: how the decoding model's are read: `stored`, or `int8` (compiled, on a CPU).
+        weights: how the decoding model's are read: `stored`, or `int8` (on a CPU).
+        readers: readers of models by `id`, of this decoder and with weights as stored, that other engines have made:
+            what is there is taken, what is not is added. A model is then compiled once for all of them.
 
     Raises:
         UserError: the models cannot share a cache, or cannot be compiled here.
@@ -78,14 +81,19 @@ class Engine:
         decode_model: PreTrainedModel,
         decoder: str = "eager",
         weights: str = "stored",
+        readers: dict[int, Reader] | None = None,
     ) -> None:
         check_hand_over(prefill_model.config, decode_model.config)
         self.prefill_model = prefill_model
         self.decode_model = decode_model
+        before = time.perf_counter()
         self.decoder = choose_decoder(decoder, decode_model.device)
-        self.student = Reader(decode_model, self.decoder, weights)
-        alone = prefill_model is decode_model and weights == "stored"
-        self.full = self.student if alone else Reader(prefill_model, self.decoder)
+        self._building = time.perf_counter() - before
+        self._kept_store: KVStore | None = None
+        readers = {} if readers is None else readers
+        self.full = self._reader(prefill_model, readers)
+        same = weights == "stored"
+        self.student = self._reader(decode_model, readers) if same else Reader(decode_model, self.decoder, weights)
 
     @property
     def device(self) -> torch.device:
@@ -94,8 +102,8 @@ class Engine:
 
     @property
     def compile_seconds(self) -> float:
-        """Time spent compiling so far."""
-        return sum(reader.compile_seconds for reader in {self.full, self.student})
+        """Time spent building kernels and compiling so far."""
+        return self._building + sum(reader.compile_seconds for reader in {self.full, self.student})
 
     @property
     def max_positions(self) -> int:
@@ -113,8 +121,8 @@ class Engine:
             chunk: prompt columns that are read at once; None: as many as make `PREFILL_TOKENS` tokens of the batch.
         """
         batch, width = prompt_ids.shape
-        model, device = self.decode_model, self.device
-        store = KVStore.allocate(model.config, batch, width + room + 1, model.dtype, device)
+        device = self.device
+        store = self._store(batch, width + room + 1)
         valid = torch.ones(batch, store.columns, dtype=torch.bool, device=device)
         valid[:, :width] = prompt_mask.to(device)
         valid[:, -1] = False
@@ -175,9 +183,29 @@ class Engine:
         """Logits [..., V] of the decoding model's hidden states [..., width]."""
         return self.student.model.get_output_embeddings()(hidden)
 
-    def as_dynamic(self, state: DecodeState) -> DynamicCache:
-        """What has been read so far as a cache of `transformers`; nothing is copied."""
-        return state.store.as_dynamic(self.decode_model.config, state.length)
+    def as_dynamic(self, state: DecodeState, columns: int) -> DynamicCache:
+        """The first columns as a cache of `transformers`: a view, or a copy where the store will be used again."""
+        store = state.store
+        if store is self._kept_store:
+            store = KVStore([keys.clone() for keys in store.keys], [values.clone() for values in store.values])
+        return store.as_dynamic(self.decode_model.config, columns)
+
+    def _store(self, batch: int, columns: int) -> KVStore:
+        """An empty store. A CUDA graph reads and writes fixed addresses: there the last store is used again if it fits,
+        and what a generation returns of it is a copy (`overfill.decode_loop`)."""
+        model = self.decode_model
+        if self.decoder == "eager" or self.device.type != "cuda":
+            return KVStore.allocate(model.config, batch, columns, model.dtype, self.device)
+        columns = -(-columns // GPU_BLOCK) * GPU_BLOCK
+        kept = self._kept_store
+        if kept is None or (len(kept.keys[0]), kept.columns) != (batch, columns):
+            kept = self._kept_store = KVStore.allocate(model.config, batch, columns, model.dtype, self.device)
+        return kept
+
+    def _reader(self, model: PreTrainedModel, readers: dict[int, Reader]) -> Reader:
+        if id(model) not in readers:
+            readers[id(model)] = Reader(model, self.decoder if model.device == self.device else "eager")
+        return readers[id(model)]  # which keeps the model, and so its id
 
     def _mask(self, state: DecodeState, start: int, stop: int) -> Mask:
         """The mask of a pass over columns start to stop; None where causality is all that it would say."""

@@ -8,6 +8,7 @@ returned in their own order.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,12 @@ import torch
 from transformers import GenerationConfig
 
 from overfill.batch import PromptResponseBatch
+from overfill.decode_loop import run_loop
+from overfill.dial import Refresh
 from overfill.engine import Engine
-from overfill.generation import generate
+from overfill.generation import prepare_request
 from overfill.scoring import score_responses
+from overfill.speculative import run_exact
 
 
 @dataclass(frozen=True)
@@ -74,19 +78,29 @@ def judge(
     max_new_tokens: int,
     batch: int,
     pattern: str | None = None,
+    refresh: Refresh | None = None,
+    exact: bool = False,
+    asked: Counter[str] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Judged]:
-    """Judge a system on samples; `full` is the full model alone, with whose choices agreement is counted.
+    """Judge a system on samples.
 
-    `progress` is called with the number of samples done after each batch."""
+    Args:
+        full: the full model alone, with whose choices agreement is counted.
+        refresh, exact: as for `overfill.generation.generate`. What an exact system would write of given text is what
+            the full model would: its scores are that model's.
+        asked: takes in `tokens` (generated), `refreshes`, `drafted` and `accepted`.
+        progress: called with the number of samples done after each batch.
+    """
+    asked = Counter() if asked is None else asked
     judged: dict[int, Judged] = {}
     for indices in _batches(samples, batch):
         rows = [samples[i] for i in indices]
-        predictions = _generate(engine, tokenizer, rows, max_new_tokens)
+        predictions = _generate(engine, tokenizer, rows, max_new_tokens, refresh, exact, asked)
         padded = PromptResponseBatch.collate([(row.prompt, row.response) for row in rows], pad_id=_pad(tokenizer))
-        scores = score_responses(engine, padded)
-        theirs = scores if engine is full else score_responses(full, padded)
-        agreeing = ((scores.greedy == theirs.greedy) & scores.mask).sum(1)
+        scores = score_responses(full if exact else engine, padded, refresh=refresh)
+        theirs = scores if exact or engine is full else score_responses(full, padded)
+        agreeing = ((scores.greedy == theirs.greedy.to(scores.greedy.device)) & scores.mask).sum(1)
         for place, (index, row, prediction) in enumerate(zip(indices, rows, predictions, strict=True)):
             judged[index] = Judged(
                 prediction=prediction,
@@ -105,7 +119,15 @@ def _batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _generate(engine: Engine, tokenizer: Any, rows: Sequence[Sample], max_new_tokens: int) -> list[str]:
+def _generate(
+    engine: Engine,
+    tokenizer: Any,
+    rows: Sequence[Sample],
+    max_new_tokens: int,
+    refresh: Refresh | None,
+    exact: bool,
+    asked: Counter[str],
+) -> list[str]:
     width = max(len(row.prompt) for row in rows)
     ids = torch.full((len(rows), width), _pad(tokenizer), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -118,8 +140,13 @@ def _generate(engine: Engine, tokenizer: Any, rows: Sequence[Sample], max_new_to
         eos_token_id=_ends(engine, tokenizer),
         pad_token_id=_pad(tokenizer),
     )
-    out = generate(engine, ids, attention_mask=mask, generation_config=config)
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    request = prepare_request(engine, ids, mask, config, {"return_dict_in_generate": True})
+    out = run_exact(engine, request) if exact else run_loop(engine, request, refresh=refresh)
+    answers = out.sequences[:, width:]
+    ended = torch.isin(answers, torch.tensor(config.eos_token_id)).cumsum(1)
+    asked.update(tokens=int((ended == 0).sum() + (ended > 0).any(1).sum()), refreshes=out.refreshes or 0)
+    asked.update(drafted=out.drafted or 0, accepted=out.accepted or 0)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def _pad(tokenizer: Any) -> int:

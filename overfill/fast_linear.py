@@ -58,7 +58,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        if input.numel() <= MOST_ROWS * input.shape[-1] and input.device.type == "cpu":
+        if input.numel() <= MOST_ROWS * input.shape[-1]:
             return torch.ops.overfill.linear_int8(input, self.weight, self.scale, self.bias)
         weight = self.weight.float() * self.scale[:, None]
         bias = None if self.bias is None else self.bias.float()
@@ -68,7 +68,8 @@ class Int8Linear(nn.Module):
 def fast_twin(model: PreTrainedModel, weights: str = "stored") -> PreTrainedModel:
     """The model with fast linear layers; everything else, and what is not rounded, is shared with it.
 
-    Layers that the kernels do not fit (another dtype than bf16, an odd number of inputs) stay what they are.
+    Layers that the kernels do not fit stay what they are: inputs that are no multiple of 16, and another dtype than
+    bf16, unless the weights are rounded.
 
     Raises:
         UserError: the kernels cannot be built.

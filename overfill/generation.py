@@ -28,9 +28,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from overfill.decode_loop import GenerationRequest, TwoStageOutput, run_loop
+from overfill.dial import Refresh
 from overfill.engine import Engine
 from overfill.errors import UserError
-from overfill.refresh import Refresh
 from overfill.speculative import MOST_DRAFTED, run_exact
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -81,7 +81,8 @@ def generate(
     Returns:
         Sequences int64 [B * num_return_sequences, P' + new tokens], prompts left padded to the longest of them, P';
         after its end a row is filled with the padding token. With `return_dict_in_generate`, the usual
-        `GenerateDecoderOnlyOutput` (`scores` and `logits` if asked for), with `refreshes` and `acceptance_rate`.
+        `GenerateDecoderOnlyOutput` (`scores` and `logits` if asked for), with `refreshes`, `drafted`,
+        `accepted` and `acceptance_rate`.
 
     Raises:
         UserError: an option that is not supported, an empty prompt, or more tokens than the models have positions.

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from overfill import kernels
-from overfill.attention import column_masks, our_attention
+from overfill.attention import NAME, ON_CPU, column_masks, our_attention
 from overfill.errors import UserError
 from overfill.fast_linear import WEIGHTS, fast_twin
 from overfill.shared_cache import CacheView, KVStore, Place, Scatter
@@ -45,22 +45,26 @@ def choose_decoder(wanted: str, device: torch.device) -> str:
     """
     if wanted not in DECODERS:
         raise UserError(f"decoder: {wanted!r} is none of {', '.join(DECODERS)}")
-    obstacle = _obstacle(device)
+    obstacle = None if wanted == "eager" else _obstacle(device)
     if wanted == "compiled" and obstacle:
-        raise UserError(f"decoder: compiled is not possible here: {obstacle}; use decoder=eager, or install it")
+        raise UserError(obstacle)
     return "eager" if wanted == "eager" or obstacle else "compiled"
 
 
 def _obstacle(device: torch.device) -> str | None:
     if device.type == "cpu":
-        return None if kernels.compiler() else "no C++ compiler (g++)"
+        try:
+            kernels.load()
+        except UserError as error:
+            return str(error)
+        return None
     if device.type == "cuda":
         try:
             import triton  # noqa: F401
         except ImportError:
-            return "triton is not installed"
+            return "decoder: compiled needs triton on a GPU, which is not installed; use eager"
         return None
-    return f"nothing is compiled for {device.type}"
+    return f"decoder: nothing is compiled for {device.type}; use eager"
 
 
 class Reader:
@@ -68,7 +72,7 @@ class Reader:
 
     Args:
         decoder: `eager` or `compiled`.
-        weights: `stored`, or `int8` (on a CPU, compiled): see `overfill.fast_linear`.
+        weights: `stored`, or `int8` (on a CPU): see `overfill.fast_linear`.
 
     Raises:
         UserError: these weights are not possible here, or kernels cannot be built.
@@ -78,14 +82,17 @@ class Reader:
         self.decoder = decoder
         self.compile_seconds = 0.0
         """Spent so far in building kernels and in first calls of a shape, in which it is compiled."""
-        self._steps: dict[tuple[int, ...], _Step] = {}
+        self._steps: dict[tuple[object, ...], _Step] = {}
         before = time.perf_counter()
         on_cpu = model.device.type == "cpu"
         if weights not in WEIGHTS:
             raise UserError(f"weights: {weights!r} is none of {', '.join(WEIGHTS)}")
-        if weights == "int8" and not (on_cpu and decoder == "compiled"):
-            raise UserError("weights: int8 is read by the compiled decoder on a CPU alone; use weights=stored")
-        self.model = fast_twin(model, weights) if on_cpu and decoder == "compiled" else model
+        if weights == "int8" and not on_cpu:
+            raise UserError(f"weights: int8 is for a CPU, not for {model.device.type}; use weights=stored")
+        fast = on_cpu and (decoder == "compiled" or weights == "int8")
+        self.source = model
+        self.model = fast_twin(model, weights) if fast else model
+        self.attention = ON_CPU if on_cpu and decoder == "compiled" else NAME
         self.compile_seconds += time.perf_counter() - before
 
     def read(
@@ -98,7 +105,7 @@ class Reader:
         last: bool = True,
     ) -> Tensor:
         """Read tokens [B, N] at position ids [B, N], eagerly; logits [B, 1, V] of the last, or [B, N, V] of all."""
-        with our_attention(self.model):
+        with our_attention(self.model, self.attention):
             return self.model(
                 input_ids=tokens.to(self.model.device),
                 attention_mask=_to(mask, self.model.device),
@@ -110,7 +117,7 @@ class Reader:
 
     def hidden(self, store: KVStore, tokens: Tensor, positions: Tensor, place: Place, mask: Any) -> Tensor:
         """The same without the head: final hidden states [B, N, width]."""
-        with our_attention(self.model):
+        with our_attention(self.model, self.attention):
             return self.model.base_model(
                 input_ids=tokens.to(self.model.device),
                 attention_mask=_to(mask, self.model.device),
@@ -126,7 +133,7 @@ class Reader:
             valid: bool [B, C], columns that may be attended to once they are written.
             padding: int64 [B], columns of padding before a row's first token.
         """
-        if self.decoder == "eager" or tokens.shape[1] > FEW_TOKENS:
+        if not self.compiles(tokens):
             seen = store.first(end)
             mask = column_masks(self.model.config, valid[:, :end], columns)
             return self.read(seen, tokens, columns - padding[:, None], Scatter(columns), mask, last=False)
@@ -134,8 +141,13 @@ class Reader:
         seen = store.first(min(store.columns, -(-end // block) * block))
         return self._compiled(seen, valid[:, : seen.columns], padding, tokens, columns)
 
+    def compiles(self, tokens: Tensor) -> bool:
+        """Whether a step of tokens [B, N] runs as a graph: few enough, and all on one device."""
+        return self.decoder == "compiled" and tokens.shape[1] <= FEW_TOKENS and tokens.device == self.model.device
+
     def _compiled(self, store: KVStore, valid: Tensor, padding: Tensor, tokens: Tensor, columns: Tensor) -> Tensor:
-        key = tuple(tokens.shape) if tokens.device.type == "cpu" else (*tokens.shape, store.columns)
+        columns_of_graph = 0 if tokens.device.type == "cpu" else store.columns
+        key = (*tokens.shape, columns_of_graph, store.keys[0].dtype)
         known = key in self._steps
         before = time.perf_counter()
         if not known:
@@ -144,8 +156,10 @@ class Reader:
         if tokens.device.type == "cpu":
             _mark_dynamic(store, valid)
         else:
+            for states in (*store.keys, *store.values):
+                torch._dynamo.mark_static_address(states)  # or every token would copy the cache into the graph's own
             torch.compiler.cudagraph_mark_step_begin()
-        with our_attention(self.model):
+        with our_attention(self.model, self.attention):
             logits = self._steps[key](tokens, columns, valid, padding, store.keys, store.values)
         if not known:
             self.compile_seconds += time.perf_counter() - before
@@ -161,7 +175,7 @@ def compile_step(model: PreTrainedModel, device: torch.device) -> _Step:
         return model(
             input_ids=tokens,
             attention_mask=column_masks(model.config, valid, columns),
-            position_ids=columns - padding[:, None],
+            position_ids=torch.where(valid.gather(1, columns), columns - padding[:, None], 0),
             past_key_values=CacheView(KVStore(keys, values), Scatter(columns)),
             use_cache=True,
         ).logits

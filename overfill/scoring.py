@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from overfill.batch import PromptResponseBatch
+from overfill.dial import Refresh
 from overfill.engine import DecodeState, Engine
-from overfill.refresh import Refresh, Refresher
+from overfill.refresh import Refresher
 
 
 @dataclass(frozen=True)

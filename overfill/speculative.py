@@ -7,7 +7,8 @@ own text; greedily it is that text. The full model's pass replaces the keys and 
 every draft starts from a cache that is entirely the full model's.
 
 Rows of a batch accept different numbers of tokens, so each stands at a column of its own. Processors and criteria see
-each row's true prefix: they are called once per distinct length.
+each row's true prefix: they are called once per distinct length, and what they say of rows of another length is left
+out. They see drafts that are thrown away, so they must be functions of the prefix alone, without a memory.
 
 How many tokens to draft: the number that maximises the expected tokens per time (arXiv 2211.17192, theorem 3.8),
 `(1 - a^(k+1)) / ((1 - a) (1 + c k))`, with a the acceptance probability seen so far and c the bytes of the student's
@@ -27,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 from overfill.decode_loop import GenerationRequest, TwoStageOutput, choose, start
 from overfill.engine import DecodeState, Engine
 from overfill.errors import UserError
+from overfill.fast_linear import weight_bytes
 from overfill.reader import FEW_TOKENS
 
 MOST_DRAFTED = FEW_TOKENS - 1
@@ -55,11 +57,6 @@ class Acceptance:
         self.drafted += drafted * len(accepted)
         self.accepted += int(accepted.sum())
         self.rejected += int((accepted < drafted).sum())
-
-    @property
-    def rate(self) -> float | None:
-        """Accepted over drafted."""
-        return self.accepted / self.drafted if self.drafted else None
 
     def next_draft(self) -> int:
         """How many tokens to draft. Begins at an acceptance of 0.8, worth ten tokens of evidence."""
@@ -94,14 +91,25 @@ class Rows:
         return self.request.prompt_ids.shape[1]
 
     def processed(self, logits: Tensor, ahead: int) -> Tensor:
-        """Processed scores [B, V] of the token `ahead` columns after the written ones, from logits [B, V]."""
+        """Processed scores [B, V] of the token `ahead` columns after the written ones, from logits [B, V].
+
+        Rows that have ended, or end within those columns, are passed over: their scores are the logits."""
+        scores = logits.to(torch.float32, copy=True)
         if not self.request.processors:
-            return logits.float()
-        scores = torch.empty_like(logits, dtype=torch.float32)
-        for length in (self.lengths + ahead).unique().tolist():
-            rows = self.lengths + ahead == length
+            return scores
+        going = self._going(ahead)
+        for length in (self.lengths + ahead)[going].unique().tolist():
+            rows = going & (self.lengths + ahead == length)
             scores[rows] = self.request.processors(self.ids[:, :length], logits.to(torch.float32, copy=True))[rows]
         return scores
+
+    def _going(self, ahead: int) -> Tensor:
+        """bool [B]: rows that have not ended and have no end token among the next `ahead` columns."""
+        ends = self.request.config._eos_token_tensor
+        if ends is None or not ahead:
+            return self.unfinished
+        columns = self.lengths[:, None] + torch.arange(ahead, device=self.ids.device)
+        return self.unfinished & ~torch.isin(self.ids.gather(1, columns), ends.to(self.ids.device)).any(1)
 
     def append(self, tokens: Tensor, counts: Tensor) -> None:
         """Append the first `counts` [B] of tokens [B, N] to each unfinished row, one by one, until it ends."""
@@ -138,10 +146,18 @@ def run_exact(
     """Draft and verify until every row has ended.
 
     Raises:
-        UserError: a streamer with more than one row, whose tokens come at different times.
+        UserError: a streamer with more than one row, whose tokens come at different times; a watermark; models of two
+            dtypes.
     """
     if streamer is not None and len(request.prompt_ids) * request.returns_per_prompt > 1:
         raise UserError("generate: exact streams one row at a time; leave the streamer out, or give one prompt")
+    if request.config.watermarking_config is not None:
+        raise UserError("generate: exact drafts tokens that a watermark would count; leave watermarking_config out")
+    if engine.prefill_model.dtype != engine.decode_model.dtype:
+        raise UserError(
+            f"generate: exact wants one dtype, the models have {engine.prefill_model.dtype} and "
+            f"{engine.decode_model.dtype}: the full model would read its own cache rounded; load both in the same"
+        )
     most = MOST_DRAFTED if engine.decoder == "eager" else MOST_DRAFTED_COMPILED
     most = min(draft_tokens or most, max(1, request.max_new_tokens))
     logits, state = start(engine, request, request.max_new_tokens + MOST_DRAFTED)
@@ -155,8 +171,8 @@ def run_exact(
     sequences = rows.ids[:, : int(rows.lengths.max())]
     columns = torch.arange(sequences.shape[1], device=sequences.device)
     pad = request.config._pad_token_tensor
-    if pad is not None:
-        sequences = torch.where(columns < rows.lengths[:, None], sequences, pad)
+    # Without a padding token what follows an end is void: there are drafts.
+    sequences = torch.where(columns < rows.lengths[:, None], sequences, 0 if pad is None else pad)
     if not request.config.return_dict_in_generate:
         return sequences
     return TwoStageOutput(
@@ -164,7 +180,8 @@ def run_exact(
         scores=tuple(rows.scores) if request.config.output_scores else None,
         logits=tuple(rows.logits) if request.config.output_logits else None,
         past_key_values=None,  # rows end at columns of their own, which no cache of `transformers` can say
-        acceptance_rate=acceptance.rate,
+        drafted=acceptance.drafted,
+        accepted=acceptance.accepted,
     )
 
 
@@ -234,7 +251,7 @@ def _verify(engine: Engine, state: DecodeState, rows: Rows, drafts: Tensor, acce
     count = tokens.shape[1]
     columns = rows.lengths[:, None] - 1 + torch.arange(count, device=tokens.device)
     end = int(columns.max()) + 1
-    missing = acceptance.most + 1 - count if engine.full.decoder == "compiled" else 0
+    missing = acceptance.most + 1 - count if engine.full.compiles(tokens) else 0
     if missing:
         void = columns.new_full((len(columns), missing), state.store.columns - 1)
         tokens, columns = torch.cat([tokens, void.clamp(max=0)], dim=1), torch.cat([columns, void], dim=1)
@@ -301,8 +318,4 @@ def _extend(
 
 def _cost(engine: Engine) -> float:
     """Time of a student's step over a full model's, both bound by reading their weights."""
-    sizes = [
-        sum(p.numel() * p.element_size() for p in model.parameters())
-        for model in (engine.decode_model, engine.prefill_model)
-    ]
-    return sizes[0] / sizes[1]
+    return weight_bytes(engine.student.model) / weight_bytes(engine.full.model)

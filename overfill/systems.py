@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from overfill import workload
 from overfill.engine import Engine
+from overfill.fast_linear import weight_bytes
 from overfill.generation import generate
 from overfill.reader import Reader
 from overfill.shapes import ModelShape
@@ -84,6 +85,7 @@ def make_systems(
     decoder: str = "eager",
     refresh: Refresh = None,
     draft: int | None = None,
+    weights: str = "stored",
 ) -> list[System]:
     """The named systems, in the order given; changes the models' generation configs.
 
@@ -91,6 +93,7 @@ def make_systems(
         student: None where only systems in `workload.ALONE` are asked for.
         decoder: of our own systems: `eager`, `compiled` or `auto`.
         refresh: of `overfill-refresh`.
+        weights: of the student in our own systems: `stored` or `int8`.
         draft: tokens drafted at once by `exact` and `transformers-assisted`; None: as many as each finds best.
 
     Raises UserError where two models cannot share a cache, or the decoder cannot be had here.
@@ -112,7 +115,8 @@ def make_systems(
             run = _library(models[first], models[second] if name == workload.ASSISTED else None)
         else:
             if (first, second) not in engines:
-                engines[first, second] = _engine(models[first], models[second], decoder, readers)
+                kept = "stored" if second == "full" else weights
+                engines[first, second] = Engine(models[first], models[second], decoder, kept, readers)
             engine = engines[first, second]
             dial = refresh if name == workload.REFRESH else None
             run = _exact(engine, draft) if name == workload.EXACT else _two_stage(engine, dial)
@@ -120,7 +124,11 @@ def make_systems(
             name=name,
             generate=run,
             models=tuple(models[part] for part in dict.fromkeys((first, second))),
-            step_bytes=lambda point: workload.step_bytes(name, shapes["full"], shapes.get("student"), point, refresh),
+            step_bytes=lambda point: _less(
+                workload.step_bytes(name, shapes["full"], shapes.get("student"), point, refresh),
+                engine,
+                workload.students_share(name, point, refresh),
+            ),
             unfit=lambda point: workload.unfit(name, point, refresh),
             engine=engine,
         )
@@ -147,14 +155,12 @@ class FirstTokenWatch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _engine(prefill: PreTrainedModel, decode: PreTrainedModel, decoder: str, readers: dict[int, Reader]) -> Engine:
-    """An engine whose models are read by the `readers` that other engines have for them already.
-
-    Compiling packs a second copy of the weights; a copy per engine would be one for each of three systems."""
-    engine = Engine(prefill, decode, decoder=decoder)
-    engine.student = readers.setdefault(id(decode), engine.student)
-    engine.full = readers.setdefault(id(prefill), engine.full)
-    return engine
+def _less(stored: int | None, engine: Engine | None, share: float) -> int | None:
+    """Bytes of a step with the student's weights as its reader holds them, from those as they are stored; `share` of
+    the steps are the student's."""
+    if stored is None or engine is None:
+        return stored
+    return stored - round(share * (weight_bytes(engine.decode_model) - weight_bytes(engine.student.model)))
 
 
 def _two_stage(engine: Engine, refresh: Refresh) -> Generate:

@@ -94,7 +94,14 @@ def step_bytes(
     step = model.decode_bytes(point.dtype, point.mean_context, point.batch)
     if system != REFRESH or not isinstance(refresh, int):
         return step
-    steps = max(1, point.output - 1)
-    passes = steps // refresh
     full_step = full.decode_bytes(point.dtype, point.mean_context, point.batch)
-    return ((steps - passes) * step + passes * full_step) // steps
+    share = students_share(system, point, refresh)
+    return round(share * step + (1 - share) * full_step)
+
+
+def students_share(system: str, point: Point, refresh: Refresh = None) -> float:
+    """Share of the decode steps at a point that are the decoding model's own; the others are refreshes."""
+    if system != REFRESH or not isinstance(refresh, int):
+        return 1.0
+    steps = max(1, point.output - 1)
+    return 1 - (steps // refresh) / steps

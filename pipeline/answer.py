@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from overfill.dial import EXACT, dial
 from overfill.errors import UserError
 from pipeline.stages.folders import model_folder, tokenizer_folder
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the answer is chosen."""
+
+    max_new_tokens: int
+    temperature: float
+    """0 decodes greedily."""
+    top_p: float
+    seed: int
+    refresh: str
+    """A setting of `overfill.dial`."""
+
+    def options(self) -> dict[str, Any]:
+        """Options of `generate`. Raises UserError for a refresh that is none."""
+        asked = dial(self.refresh)
+        again = {"exact": True} if asked == EXACT else {"refresh": asked}
+        if self.temperature > 0:
+            return {**again, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return {**again, "do_sample": False}
+
+
 def answer(
-    model: str,
-    prompt: str,
-    full: str | None,
-    chat: bool,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    device: str,
+    model: str, prompt: str, full: str | None, chat: bool, sampling: Sampling, device: str, decoder: str
 ) -> None:
     """Print the answer as it is written. Raises UserError for a folder that is no student and a prompt that is empty."""
-    folder = model_folder(Path(model).expanduser())
+    folder, options = model_folder(Path(model).expanduser()), sampling.options()
     if not prompt:
         raise UserError('the prompt is empty; give a text, for example: overfill generate FOLDER "sort: dbca"')
     import torch
@@ -30,17 +46,15 @@ def answer(
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no such device on this machine; leave it out to run on the CPU")
-    two_stage = TwoStageForCausalLM.from_pretrained(folder, full=full, device=device)
+    two_stage = TwoStageForCausalLM.from_pretrained(folder, full=full, device=device, decoder=decoder)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder))
-    torch.manual_seed(seed)
+    torch.manual_seed(sampling.seed)
     two_stage.generate(
         torch.tensor([prompt_ids(tokenizer, prompt, chat)]),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **(
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-        ),
+        **options,
     )
 
 

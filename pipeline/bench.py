@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 import overfill
+from overfill.dial import EXACT, NONE, dial
 from overfill.errors import UserError
 from overfill.named_shapes import NamedShape, named_shape
 from overfill.workload import Point, Refresh, chosen_systems, grid
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bf16", "fp32")
 DECODERS = ("auto", "eager", "compiled")
+WEIGHTS = ("stored", "int8")
 VERSIONS = ("torch", "transformers")
 FIGURE_TYPES = (".png", ".svg", ".pdf")
 
@@ -58,6 +60,7 @@ class BenchRequest:
     refresh: str = "64"
     draft: int | None = None
     threads: int | None = None
+    weights: str = "stored"
     as_json: bool = False
     plot: str | None = None
 
@@ -102,6 +105,7 @@ def check(request: BenchRequest) -> Bench:
         raise UserError("--full: is for a student folder; a named shape has no weights to load")
     _one_of("--dtype", request.dtype, DTYPES)
     _one_of("--decoder", request.decoder, DECODERS)
+    _one_of("--weights", request.weights, WEIGHTS)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", request.device):
         raise UserError(f"--device: {request.device!r} is not known; give cpu or cuda")
     for name, value, least in (
@@ -141,10 +145,18 @@ def measure(checked: Bench) -> Iterator[list[dict[str, Any]]]:
     versions = {"overfill": overfill.__version__} | {name: libraries()[name] for name in VERSIONS}
     machine = gpu_description() if request.device.startswith("cuda") else cpu_description()
     name = str(checked.student) if checked.shape is None else request.shape
-    context = {"model": name, "machine": machine, "versions": versions, "commit": source_commit()}
+    context = {
+        "model": name,
+        "weights": request.weights,
+        "machine": machine,
+        "versions": versions,
+        "commit": source_commit(),
+    }
     for _, points in groupby(checked.points, lambda point: point.batch):
-        # Each batch size is compiled with its own packed copy of the weights: the last one's is given back first.
-        systems = make_systems(full, student, checked.systems, request.decoder, checked.refresh, request.draft)
+        # Every batch size is compiled on its own: what was compiled for the last one is given back first.
+        systems = make_systems(
+            full, student, checked.systems, request.decoder, checked.refresh, request.draft, request.weights
+        )
         for rows in measure_grid(systems, list(points), request.repeats, request.warmup):
             yield [{**row, **context} for row in rows]
         del systems
@@ -195,20 +207,25 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _refresh(text: str) -> Refresh:
-    """`64` as a number, `none` as None, a rule as it is."""
-    return None if text == "none" else int(text) if text.isdecimal() else text
+    """`64` as a number, `none` as None, a rule in its one spelling. Raises UserError for anything else."""
+    setting = dial(text)
+    if setting == EXACT:
+        raise UserError("--refresh: exact is a system of its own; add it to --systems")
+    return None if setting == NONE else setting
 
 
 def _check_with_torch(request: BenchRequest) -> None:
     """What only the method itself knows to be wrong."""
     import torch
 
-    from overfill.refresh import Refresh as Dial
+    from overfill.reader import choose_decoder
     from overfill.speculative import MOST_DRAFTED
 
-    Dial.parse(request.refresh)
     if request.draft is not None and request.draft > MOST_DRAFTED:
         raise UserError(f"--draft: {request.draft} is too many; give at most {MOST_DRAFTED}")
     kind, _, index = request.device.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {request.device}: no such device on this machine; leave it out to run on the CPU")
+    if request.weights == "int8" and kind != "cpu":
+        raise UserError("--weights: int8 is for a CPU; leave it out, or --device")
+    choose_decoder(request.decoder, torch.device(request.device))

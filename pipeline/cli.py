@@ -127,11 +127,16 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    refresh: Annotated[
+        str, typer.Option(help="How often the full model is asked again: none, tokens (64), entropy>2.0, or exact.")
+    ] = "none",
+    decoder: Annotated[str, typer.Option(help="eager, or compiled: takes a minute first, for long answers.")] = "eager",
 ) -> None:
     """Answer a prompt with a two-stage model, streaming to the terminal."""
-    from pipeline.answer import answer
+    from pipeline.answer import Sampling, answer
 
-    answer(model, prompt, full, chat, max_new_tokens, temperature, top_p, seed, device)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, refresh)
+    answer(model, prompt, full, chat, sampling, device, decoder)
 
 
 @app.command()
@@ -155,6 +160,9 @@ def bench(
     refresh: Annotated[str, typer.Option(help="Of overfill-refresh: tokens between refreshes, or entropy>2.0.")] = "64",
     draft: Annotated[int | None, typer.Option(help="Tokens drafted at once; left out: adaptive.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    weights: Annotated[
+        str, typer.Option(help="The student's, in our own systems: stored, or int8 (on a CPU).")
+    ] = "stored",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line per measurement, nothing else.")] = False,
     plot: Annotated[str | None, typer.Option(help="Draw the roofline into this file (.png, .svg, .pdf).")] = None,
 ) -> None:

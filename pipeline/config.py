@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from overfill.config import Frozen, ImportanceConfig, PruneConfig
+from overfill.dial import dial
+from overfill.errors import UserError
 from pipeline.config_training import (
     NOT_IDENTITY,
     Count,
@@ -103,6 +105,20 @@ class EvaluateConfig(Frozen):
     r"""Regular expression whose first group is the answer to compare (`#### (-?[\d,]+)`); empty compares whole texts."""
     dtype: DType = "fp32"
     """Weights and activations."""
+    refresh: int | str = "none"
+    """How often the full model re-reads what the student writes: none, a number of tokens, entropy>NATS, or exact (it
+    verifies every token). For OverFill alone; the latency of the cell is measured with it."""
+    weights: Literal["stored", "int8"] = "stored"
+    """The student's linear layers: as stored, or rounded to 8 bits (on a CPU). The latency is measured with it."""
+
+    @field_validator("refresh")
+    @classmethod
+    def _is_a_setting(cls, value: int | str) -> int | str:
+        try:
+            dial(value)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @field_validator("answer")
     @classmethod
@@ -134,6 +150,8 @@ class BenchmarkConfig(Frozen):
     """Repetitions before, not counted."""
     dtype: DType = "fp32"
     """Weights and activations."""
+    decoder: Literal["eager", "compiled"] = "eager"
+    """How tokens are decoded: compiled is faster and takes a minute or more to compile, per shape."""
 
     @field_validator("batch", "prompt", "output")
     @classmethod

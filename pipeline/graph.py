@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from overfill.dial import NONE, dial
 from overfill.errors import UserError
 from overfill.shapes import ModelShape, PrunedWidths, resolve_widths
 from pipeline.config import DataConfig, ExperimentConfig, TeacherConfig
@@ -60,7 +61,10 @@ def cell_stages(config: ExperimentConfig, teacher_shape: ModelShape | None = Non
     prune = _prune(teacher, scores, widths, f"{label}-{ratio_label(widths)}")
     distill = _distill(config, {**inputs, "student": prune, "scores": scores}, f"{label}-{ratio_label(widths)}")
     evaluate = _evaluate(config, {**inputs, "student": distill}, distill.label)
-    benchmark = _benchmark(config, {"teacher": teacher, "student": prune}, prune.label)
+    timed: dict[str, Input] = {"teacher": teacher, "student": prune}
+    if depends_on_text(_student_reading(config)["refresh"]):
+        timed = {"teacher": teacher, "student": distill, "data": inputs["data"]}
+    benchmark = _benchmark(config, timed, prune.label if timed["student"] is prune else distill.label)
     return _stages([*stages, scores, prune, distill, evaluate, benchmark])
 
 
@@ -191,16 +195,44 @@ def _distill(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> 
 
 
 def _evaluate(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> Stage:
-    settings = {**identity_config(config.evaluate), "system": SYSTEM[config.distill.method]}
+    settings = {**identity_config(config.evaluate), "system": SYSTEM[config.distill.method], **_student_reading(config)}
     return Stage("evaluate", 1, settings, dict(inputs), "pipeline.stages.evaluate:run", label)
+
+
+def _student_reading(config: ExperimentConfig) -> dict[str, int | str]:
+    """How the student decodes: what a method does not have is not part of what it is."""
+    method = config.distill.method
+    if config.evaluate.weights == "int8" and (
+        config.resources.evaluate.gpus_per_worker or config.resources.benchmark.gpus_per_worker
+    ):
+        raise UserError(
+            "evaluate.weights: int8 is read on a CPU, but resources give evaluate or benchmark a GPU; use stored, or "
+            "set their gpus_per_worker to 0"
+        )
+    return {
+        "refresh": dial(config.evaluate.refresh) if method == "overfill" else NONE,
+        "weights": config.evaluate.weights if method != "full" else "stored",
+    }
 
 
 def _benchmark(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> Stage:
     resources = config.resources.benchmark
     settings = {
         **identity_config(config.benchmark),
+        **_student_reading(config),
         "device": device_description(resources.gpus_per_worker),
         "threads": resources.threads,
         "versions": {name: version for name, version in libraries().items() if name in LATENCY_LIBRARIES},
     }
-    return Stage("benchmark", 1, settings, inputs, "pipeline.stages.benchmark:run", label)
+    refresh = settings["refresh"]
+    if isinstance(refresh, int) and refresh >= config.benchmark.output[0]:
+        raise UserError(
+            f"evaluate.refresh: {refresh}, but benchmark.output is {config.benchmark.output[0]}, so that the latency of "
+            f"no refresh would be measured; set benchmark.output to more than {refresh}"
+        )
+    return Stage("benchmark", 2, settings, inputs, "pipeline.stages.benchmark:run", label)
+
+
+def depends_on_text(refresh: int | str) -> bool:
+    """Whether the latency depends on what is written: on the student's training, and on the prompts."""
+    return isinstance(refresh, str) and refresh != NONE

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overfill.dial import NONE
 from overfill.errors import UserError
 from overfill.shapes import ModelShape
+from overfill.workload import EXACT, REFRESH
 from pipeline.curves import Curve
 from pipeline.graph import SYSTEM, ratio_label
 from pipeline.stage import External
@@ -67,7 +69,7 @@ def rows(cells: Sequence[Cell], store: Store) -> list[Row]:
 
 def row(cell: Cell, store: Store) -> Row:
     """Everything that is known about one cell. Times in seconds, sizes in bytes, intervals as [low, high]."""
-    evaluation, latency = _metrics(cell, store, "evaluate"), latency_row(cell, store, SYSTEM[cell.method])
+    evaluation, latency = _metrics(cell, store, "evaluate"), latency_row(cell, store, latency_system(cell))
     shape = _parameters(cell, store)
     baseline = latency_row(cell, store, "full")
     low, high = evaluation.get("eval/exact_match_low"), evaluation.get("eval/exact_match_high")
@@ -265,6 +267,13 @@ def payload_of(cell: Cell, store: Store, name: str) -> Path | None:
     """Payload folder of the cell's stage of that name, None while there is none."""
     stage = cell.stage(name)
     return None if stage is None or store.record(stage) is None else store.payload(stage)
+
+
+def latency_system(cell: Cell) -> str:
+    """Which system of its benchmark a cell is."""
+    stage = cell.stage("benchmark")
+    refresh = NONE if stage is None else stage.config["refresh"]
+    return SYSTEM[cell.method] if refresh == NONE else EXACT if refresh == EXACT else REFRESH
 
 
 def latency_row(cell: Cell, store: Store, system: str) -> dict[str, Any]:

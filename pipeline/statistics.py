@@ -71,8 +71,11 @@ class Comparison:
 
     @property
     def within_noise(self) -> bool:
-        """Whether the interval of the difference contains zero."""
-        return self.difference.contains(0.0)
+        """Whether the interval of the difference contains zero, or McNemar's test, where it holds, is not significant.
+
+        The bootstrap alone is too sure of itself when few samples differ: four wins without a loss exclude zero."""
+        unsure = self.p_value is not None and self.p_value > 1 - CONFIDENCE
+        return unsure or self.difference.contains(0.0)
 
 
 def wilson(correct: int, total: int, confidence: float = CONFIDENCE) -> Interval:

@@ -1,7 +1,7 @@
 """The report as text: the same tables for the terminal (rich) and in Markdown, and one sentence on what to ship.
 
 Rows of numbers come from `pipeline.report`; here they only get their form. Percentages of exact match carry a 95 %
-interval; a difference whose paired interval contains zero is called what it is: within noise.
+interval; a difference that the paired tests do not hold up is called what it is: within noise.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _duel_row(duel: Duel, teachers: bool, variants: bool) -> tuple[str, ...]:
 
 
 def verdict(result: Comparison) -> str:
-    """`better`, `worse`, or `within noise` when the paired interval of the difference contains zero."""
+    """`better`, `worse`, or `within noise` (see `Comparison.within_noise`)."""
     return "within noise" if result.within_noise else "better" if result.difference.low > 0 else "worse"
 
 

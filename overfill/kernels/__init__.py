@@ -20,7 +20,9 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from overfill.errors import UserError
 
 SOURCE = Path(__file__).with_name("linear.cpp")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-std=c++20", "-shared", "-fPIC")
+# Sums may be reordered. Not -ffast-math: linked into a library, it would change the rounding of the whole process.
+ARITHMETIC = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+FLAGS = ("-O3", "-march=native", *ARITHMETIC, "-fopenmp", "-std=c++20", "-shared", "-fPIC")
 _LOADED = [False]
 LIBRARIES = ("-lc10", "-ltorch_cpu", "-ltorch")
 
@@ -43,13 +45,19 @@ def load() -> None:
     if is_loaded():
         return
     path = library_path()
-    if not path.is_file():
-        _build(path)
-    torch.ops.load_library(str(path))
+    try:
+        if not path.is_file():
+            _build(path)
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"decoder: kernels in {path.parent} ({reason}); set XDG_CACHE_HOME, or use eager") from error
     torch.library.register_fake("overfill::linear_bf16", _linear_shape)
     torch.library.register_fake(
         "overfill::linear_int8", lambda input, weight, scale, bias: _linear_shape(input, weight)
     )
+    torch.library.register_fake("overfill::grouped_attention", lambda query, *_: query.new_empty(query.shape))
+    _LOADED[0] = True
 
 
 def is_loaded() -> bool:
@@ -60,8 +68,15 @@ def is_loaded() -> bool:
 def library_path() -> Path:
     """Where the library of this source, PyTorch, compiler and processor is kept."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "overfill"
-    parts = (SOURCE.read_text(encoding="utf-8"), torch.__version__, compiler() or "", " ".join(FLAGS), _processor())
+    parts = (SOURCE.read_text(encoding="utf-8"), torch.__version__, _compiler_version(), " ".join(FLAGS), _processor())
     return root / f"linear-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
+
+
+def _compiler_version() -> str:
+    found = compiler()
+    if found is None:
+        return ""
+    return subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
 // Linear layers and attention for a few rows of input on a CPU, as fast as memory gives weights and cache.
 //
 // y[m, n] = sum_k x[m, k] w[n, k] (+ b[n]), with w in bf16, or in int8 with one scale per output channel. A weight is
-// read once for up to four rows of x, widened to fp32 in registers and accumulated in fp32. Both formats are read as
+// read once for two rows of x, widened to fp32 in registers and accumulated in fp32. Both formats are read as
 // pairs of vectors of eight: bf16 as the even and the odd elements of sixteen (a shift and a mask widen them), int8 as
 // the first and the second eight. x is split alike beforehand. The code is plain GCC/Clang vector extensions: on wider
 // machines a vector of eight is what it is, on narrower ones the compiler splits it.
@@ -120,7 +120,7 @@ inline void tile(const typename Weights::Element* weights, int64_t inputs, const
     for (int c = 0; c < COLUMNS; c++) out[c * outputs + r] = total(sums[r][c]);
 }
 
-// Output channels n to n + BLOCK for all rows of x: the weights stay in the first-level cache between them.
+// Output channels n to n + BLOCK for all rows of x: the weights stay in a near cache between them.
 template <class Weights>
 void block(const typename Weights::Element* weights, int64_t inputs, int64_t rows, const float* first,
            const float* second, float* out, int64_t outputs) {

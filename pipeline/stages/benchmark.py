@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 
 from pipeline.config import BenchmarkConfig
+from pipeline.corpus.shards import TokenShards
 from pipeline.stage import StageRun
 from pipeline.stages.folders import model_folder
 from pipeline.stages.remote import Metrics, run_on_worker
 
 _CONTEXT = ("device", "threads", "versions")
+_READING = ("refresh", "weights")
+_TEXTS = 64
+"""Held-out prompts that are at hand where latency depends on what is written."""
 _FIGURES = ("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")
 
 
@@ -22,7 +26,7 @@ def measure(run: StageRun) -> Metrics:
     """In a Ray worker: load the models and time every grid point."""
     from overfill.benchmark import measure_systems
 
-    settings = BenchmarkConfig.model_validate({k: v for k, v in run.config.items() if k not in _CONTEXT})
+    settings = BenchmarkConfig.model_validate({k: v for k, v in run.config.items() if k not in (*_CONTEXT, *_READING)})
     student = run.inputs.get("student")
     rows = measure_systems(
         model_folder(run.inputs["teacher"]),
@@ -34,9 +38,21 @@ def measure(run: StageRun) -> Metrics:
         warmup=settings.warmup,
         dtype=settings.dtype,
         device="cuda" if run.resources.gpus_per_worker else "cpu",
+        decoder=settings.decoder,
+        refresh=run.config["refresh"],
+        weights=run.config["weights"],
+        texts=_held_out_prompts(run),
     )
     content = {"rows": rows, **{key: run.config[key] for key in _CONTEXT}}
     (run.staging / "latency.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     first = {row["system"]: row for row in reversed(rows)}
     figures = {f"latency/{system}/{name}": row[name] for system, row in sorted(first.items()) for name in _FIGURES}
     return {name: value for name, value in figures.items() if value is not None}
+
+
+def _held_out_prompts(run: StageRun) -> list[list[int]]:
+    """Token ids of prompts, where the stage was given the corpus."""
+    if "data" not in run.inputs:
+        return []
+    shards = TokenShards.open(run.inputs["data"] / "test")
+    return [row.prompt.tolist() for row in shards.read(range(min(_TEXTS, len(shards))))]

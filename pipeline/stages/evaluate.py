@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from overfill.dial import EXACT, Refresh
 from pipeline.config import EvaluateConfig
 from pipeline.corpus.shards import TokenShards
 from pipeline.stage import StageRun
@@ -35,7 +37,9 @@ def evaluate(run: StageRun) -> Metrics:
     settings = EvaluateConfig.model_validate({k: v for k, v in run.config.items() if k != "system"})
     shards = TokenShards.open(run.inputs["data"] / "test")
     rows = shards.read(range(min(settings.samples, len(shards))))
-    engine, full = _engines(run, settings.dtype)
+    engine, full = _engines(run, settings)
+    exact = settings.refresh == EXACT
+    asked: Counter[str] = Counter()
     judged = judge(
         engine,
         full,
@@ -44,27 +48,41 @@ def evaluate(run: StageRun) -> Metrics:
         max_new_tokens=settings.max_new_tokens,
         batch=run.resources.micro_batch,
         pattern=settings.answer,
+        refresh=None if exact else Refresh.parse(settings.refresh),
+        exact=exact,
+        asked=asked,
         progress=lambda done: run.log_metrics(done, len(rows), {}),
     )
-    metrics = summary(judged)
+    metrics = summary(judged) | asking(asked)
     _write_samples(run, rows, judged)
     (run.staging / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return metrics
 
 
-def _engines(run: StageRun, dtype: str) -> tuple[Engine, Engine]:
+def asking(asked: Counter[str]) -> dict[str, float]:
+    """How often the full model was asked again: shares of generated, and of drafted tokens; nothing if never."""
+    found = {}
+    if asked["refreshes"]:
+        found["eval/refreshes_per_token"] = asked["refreshes"] / asked["tokens"]
+    if asked["drafted"]:
+        found["eval/acceptance_rate"] = asked["accepted"] / asked["drafted"]
+    return found
+
+
+def _engines(run: StageRun, settings: EvaluateConfig) -> tuple[Engine, Engine]:
     """The judged system, and the full model alone."""
     from overfill.benchmark import DTYPES
     from overfill.checkpoint import load_full_model, load_student
     from overfill.engine import Engine
 
     device = "cuda" if run.resources.gpus_per_worker else "cpu"
-    model = load_full_model(model_folder(run.inputs["teacher"]), dtype=DTYPES[dtype], device=device)
+    model = load_full_model(model_folder(run.inputs["teacher"]), dtype=DTYPES[settings.dtype], device=device)
     full = Engine(model, model)
     if run.config["system"] == "full":
         return full, full
-    student = load_student(model_folder(run.inputs["student"]), dtype=DTYPES[dtype], device=device)
-    return Engine(student if run.config["system"] == "student" else model, student), full
+    student = load_student(model_folder(run.inputs["student"]), dtype=DTYPES[settings.dtype], device=device)
+    reader = student if run.config["system"] == "student" else model
+    return Engine(reader, student, weights=settings.weights), full
 
 
 def summary(judged: Sequence[Judged]) -> dict[str, float | int]:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from pairs import build, config_of
 from torch import nn
+from transformers import AttentionInterface
 
-from overfill import kernels
+from overfill import attention, kernels
 from overfill.engine import Engine
 from overfill.errors import UserError
 from overfill.fast_linear import FastLinear, Int8Linear, fast_twin, weight_bytes
@@ -67,6 +68,29 @@ def test_grouped_attention_is_attention(groups: int, columns: int, width: int) -
 
 
 @needs_compiler
+def test_a_compiled_engine_attends_through_the_kernel_and_an_eager_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels.load()
+    calls: list[int] = []
+    real = attention.grouped_attention_on_cpu
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping, attention.ON_CPU, lambda *a, **k: (calls.append(1), real(*a, **k))[1]
+    )
+    model, ids = build(config_of("llama"), seed=1), torch.tensor([[3, 4, 5, 6]])
+    for decoder in ("eager", "compiled"):
+        Engine(model, model, decoder).prefill(ids, ids > 0, room=1, chunk=2)
+        assert len(calls) == (0 if decoder == "eager" else 2 * 3)  # two chunks, three layers
+
+
+@needs_compiler
+def test_loading_the_kernels_leaves_the_rounding_of_the_process_alone() -> None:
+    kernels.load()
+    tiny = torch.tensor([1e-40])  # denormal: flushed to zero by a library that was linked with -ffast-math
+    assert float(tiny * 1.0) != 0.0
+
+
+@needs_compiler
 def test_a_twin_shares_every_weight_that_it_does_not_round_and_leaves_the_model_alone() -> None:
     model = build(config_of("qwen3"), seed=1).to(torch.bfloat16)
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -100,15 +124,16 @@ def test_a_build_that_fails_is_one_line_and_leaves_nothing(tmp_path: Path, monke
 
 def test_without_a_compiler_auto_is_eager_and_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(kernels, "_LOADED", [False])
     monkeypatch.delenv("CXX", raising=False)
     assert choose_decoder("auto", CPU) == "eager"
-    with pytest.raises(UserError, match=r"no C\+\+ compiler"):
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
         choose_decoder("compiled", CPU)
 
 
 @pytest.mark.parametrize(
     ("decoder", "weights", "words"),
-    [("fast", "stored", "decoder: 'fast'"), ("eager", "int8", "int8"), ("eager", "int4", "int4")],
+    [("fast", "stored", "decoder: 'fast'"), ("eager", "int4", "int4")],
 )
 def test_what_is_not_possible_is_refused(decoder: str, weights: str, words: str) -> None:
     model = build(config_of("llama"), seed=1)

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria
 
-from overfill.decode_loop import choose
+from overfill.decode_loop import choose, run_loop
 from overfill.engine import Engine
 from overfill.errors import UserError
-from overfill.generation import generate, left_aligned
+from overfill.generation import generate, left_aligned, prepare_request
 
 PROMPTS = torch.tensor([[3, 14, 5, 9, 26, 8], [0, 0, 9, 8, 7, 13], [0, 0, 0, 0, 0, 4]])
 MASK = PROMPTS != PAD
@@ -340,3 +340,50 @@ def test_a_prompt_that_is_no_batch_is_refused() -> None:
         generate(ENGINE, PROMPTS[0])
     with pytest.raises(UserError, match=r"\[batch, length\]"):
         generate(ENGINE, PROMPTS[:, :0])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.lists(TOKENS, min_size=1, max_size=3),
+    chunk=st.integers(1, 9),
+    refresh=st.sampled_from([None, 2, "entropy>2.5"]),
+)
+def test_a_prompt_may_be_read_in_chunks_of_any_size(rows: list[list[int]], chunk: int, refresh: Any) -> None:
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    options = {"attention_mask": ids != PAD, "max_new_tokens": 5, "refresh": refresh}
+    assert torch.equal(generate(ENGINE, ids, prefill_chunk_size=chunk, **options), generate(ENGINE, ids, **options))
+
+
+def test_long_prompts_are_read_in_chunks_that_bound_the_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    handle = FULL.model.register_forward_hook(lambda _, __, output: widths.append(output.last_hidden_state.shape[1]))
+    monkeypatch.setattr("overfill.engine.PREFILL_TOKENS", 8)
+    generate(ENGINE, PROMPTS, attention_mask=MASK, max_new_tokens=1, **NO_EOS)
+    handle.remove()
+    assert widths == [2, 2, 2]  # three rows: two columns at a time are at most eight tokens
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.lists(TOKENS, min_size=1, max_size=3), lag=st.integers(1, 3), eos=st.sets(st.integers(3, 40), max_size=20)
+)
+def test_looking_for_the_end_some_tokens_late_changes_nothing(rows: list[list[int]], lag: int, eos: set[int]) -> None:
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    options = {"max_new_tokens": 7, "eos_token_id": sorted(eos) or None, "pad_token_id": PAD}
+    wanted = {"return_dict_in_generate": True, "output_scores": True}
+    request = prepare_request(ENGINE, ids, ids != PAD, options={**options, **wanted})
+    at_once, late = run_loop(ENGINE, request, lag=0), run_loop(ENGINE, request, lag=lag)
+    assert torch.equal(late.sequences, at_once.sequences)
+    assert len(late.scores) == len(at_once.scores) == at_once.sequences.shape[1] - width
+    assert late.past_key_values.get_seq_length() == at_once.past_key_values.get_seq_length()
+
+
+def test_a_returned_cache_goes_on_in_transformers() -> None:
+    full = full_model("llama")
+    output = generate(alone(full), PROMPTS[:1], max_new_tokens=5, return_dict_in_generate=True, eos_token_id=None)
+    with torch.no_grad():
+        found = full(output.sequences[:, -1:], past_key_values=output.past_key_values).logits[0, -1]
+        expected = full(output.sequences).logits[0, -1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from overfill.batch import PromptResponseBatch
+from overfill.dial import Refresh, dial
 from overfill.engine import Engine
 from overfill.errors import UserError
 from overfill.generation import generate
-from overfill.refresh import Refresh, entropy
+from overfill.refresh import entropy
 from overfill.scoring import score_responses
 
 PROMPTS = torch.tensor([[3, 14, 5, 9, 26, 8], [0, 0, 9, 8, 7, 13], [0, 0, 0, 0, 0, 4]])
@@ -127,3 +128,21 @@ def test_what_a_refresh_may_be(value: int | str | None, expected: Refresh | None
 def test_what_it_may_not_be(value: int | str) -> None:
     with pytest.raises(UserError, match="entropy>NATS"):
         Refresh.parse(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("exact", "exact"),
+        ("NONE", "none"),
+        (None, "none"),
+        ("64", 64),
+        ("entropy > 2.50", "entropy>2.5"),
+        ("entropy>0.00001", "entropy>0.00001"),
+        ("entropy>1000000", "entropy>1000000"),
+        ("Exact", "exact"),
+    ],
+)
+def test_a_setting_has_one_spelling(value: int | str | None, expected: int | str) -> None:
+    assert dial(value) == expected
+    assert dial(dial(value)) == expected

@@ -181,6 +181,32 @@ def test_longer_drafts_pay_when_more_is_accepted_and_drafting_is_cheap() -> None
     assert Acceptance(0.4, 5, 16, accepted=0, rejected=1000).next_draft() == 5
 
 
+def test_no_processor_sees_text_that_goes_on_after_its_end() -> None:
+    """A grammar has nothing to say after the end, and transformers raises when a function allows no token at all."""
+    ends = list(range(2, 20))
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        written = ids[PROMPTS.shape[1] :].tolist()
+        return [] if set(written) & set(ends) else list(range(2, 41))
+
+    options = {"eos_token_id": ends, "pad_token_id": PAD, "max_new_tokens": 12, "prefix_allowed_tokens_fn": allowed}
+    for student in (ENGINE.decode_model, close_student("mistral-slides")):
+        engine = Engine(FULL, student)
+        for row in range(3):
+            ids, mask = PROMPTS[row : row + 1], MASK[row : row + 1]
+            short = ids[:, int((~mask).sum()) :]
+            pad = torch.full((1, PROMPTS.shape[1] - short.shape[1]), 1)
+            full_width = torch.cat([pad, short], dim=1)
+            found = generate(engine, full_width, exact=True, draft_tokens=6, **options)
+            assert torch.equal(found, generate(Engine(FULL, FULL), full_width, **options))
+
+
+def test_models_of_two_dtypes_are_refused() -> None:
+    mixed = Engine(full_model("llama"), student_model("llama").bfloat16())
+    with pytest.raises(UserError, match="one dtype"):
+        generate(mixed, PROMPTS, attention_mask=MASK, max_new_tokens=4, exact=True)
+
+
 class Kept(BaseStreamer):
     def __init__(self) -> None:
         self.tokens: list[int] = []

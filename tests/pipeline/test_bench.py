@@ -46,7 +46,14 @@ def row(system: str = "overfill", **changes: Any) -> dict[str, Any]:
         **{"decoder": "compiled", "repeats": 5, "ttft_s": 1.5, "tpot_s": 0.0456, "tokens_per_s": 12.345},
         **{"ttft_spread_s": [1.4, 1.6], "tpot_spread_s": [0.00412, 0.06], "acceptance_rate": None},
         **{"peak_bytes": 3 * 2**30, "weight_bytes": 2**30, "bytes_per_token": 10**9, "bound_s": 0.04},
-        **{"bound_share": 0.877, "compile_s": 0.0, "speed_up": 2.345, "model": "tiny:0.5", "machine": "EPYC x 2"},
+        **{
+            "bound_share": 0.877,
+            "compile_s": 0.0,
+            "speed_up": 2.345,
+            "model": "tiny:0.5",
+            "weights": "stored",
+            "machine": "EPYC x 2",
+        },
     }
     return values | changes
 
@@ -104,7 +111,7 @@ def test_a_request_is_a_grid_of_systems():
     ]
     assert found.systems == list(SYSTEMS) and found.refresh == 64
     assert check(BenchRequest(shape="llama-3.2-3b")).systems == ["full", "transformers-full"]
-    assert check(BenchRequest(shape="qwen3-4b:.5", refresh="entropy>2.0")).refresh == "entropy>2.0"
+    assert check(BenchRequest(shape="qwen3-4b:.5", refresh="entropy>2.0")).refresh == "entropy>2"
     assert "overfill-refresh" not in check(BenchRequest(shape="qwen3-4b:.5", refresh="none", output="512")).systems
     assert numbers("--batch", " 1, 8,1") == [1, 8]
 

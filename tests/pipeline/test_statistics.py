@@ -106,6 +106,13 @@ def test_equal_systems_are_within_noise_even_when_no_sample_differs() -> None:
     assert result.p_value == 1.0
 
 
+def test_four_wins_without_a_loss_are_too_few_to_call() -> None:
+    result = compare([outcomes(*([1] * 500))], [outcomes(*([0] * 4 + [1] * 496))])
+    assert result.difference.low > 0
+    assert result.p_value == pytest.approx(0.125)
+    assert result.within_noise
+
+
 def test_seeds_that_disagree_widen_the_interval_beyond_that_of_the_samples() -> None:
     rng = np.random.default_rng(0)
     b = [dict(enumerate(rng.random(400) < 0.5)) for _ in range(3)]

@@ -172,3 +172,34 @@ def test_a_hub_teacher_is_fetched_once_and_brings_the_tokenizer():
     names = [stage.name for stage in cell.stages]
     assert names == ["teacher", "data", "calibrate", "prune", "distill", "evaluate", "benchmark"]
     assert cell.stage("data").inputs["tokenizer"] == cell.stage("teacher")
+
+
+REFRESHING = {"axes": {"evaluate.refresh": ["none", 8, "exact"], "distill.method": ["full", "overfill", "pruned"]}}
+
+
+def test_how_often_the_full_model_is_asked_again_is_a_matter_of_overfill_alone():
+    cells = expand(config(sweep=REFRESHING, prune={"hidden": 0.5, "intermediate": 0.5}), "x.yaml")
+    assert [cell.method for cell in cells] == ["full", "overfill", "pruned", "overfill", "overfill"]
+    overfill = [cell for cell in cells if cell.method == "overfill"]
+    assert len({cell.label for cell in overfill}) == 3
+    assert len(set(identities(overfill, "distill"))) == 1
+    assert len(set(identities(overfill, "evaluate"))) == len(set(identities(overfill, "benchmark"))) == 3
+    timed = {cell.stage("benchmark").config["refresh"]: cell.stage("benchmark").inputs for cell in overfill}
+    assert timed["none"]["student"] == timed[8]["student"] == overfill[0].stage("prune")
+    assert timed["exact"]["student"] == overfill[0].stage("distill")  # what it accepts depends on its training
+    assert "data" in timed["exact"]
+
+
+@pytest.mark.parametrize(("spelling", "same"), [("8", 8), ("entropy > 2.0", "entropy>2"), ("None", "none")])
+def test_a_refresh_is_the_same_however_it_is_spelled(spelling, same):
+    one, other = (expand(config(sweep={}, evaluate={"refresh": value}), "x.yaml")[0] for value in (spelling, same))
+    assert one.identity == other.identity
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "words"),
+    [({"refresh": "often"}, "entropy>NATS"), ({"refresh": 0}, "entropy>NATS"), ({"refresh": 32}, "benchmark.output")],
+)
+def test_a_refresh_that_is_none_or_would_not_be_measured_is_refused(evaluate, words):
+    with pytest.raises(UserError, match=words):
+        expand(config(sweep={}, evaluate=evaluate), "x.yaml")
