@@ -27,7 +27,7 @@ constexpr int64_t VECTOR = 8;
 constexpr int64_t PAIR = 2 * VECTOR;
 constexpr int64_t BLOCK = 8;             // output channels that are computed together
 constexpr int64_t LEAST_WORK = 65536;    // multiplications below which another thread does not pay
-constexpr int64_t MOST_WORK = 1048576;   // and beyond which a part is no better for being longer
+constexpr int64_t MOST_WORK = 4194304;   // and beyond which a part is no better for being longer
 
 typedef float Floats __attribute__((vector_size(32), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(32), aligned(4)));
@@ -138,7 +138,7 @@ template <class Weights>
 void run(const typename Weights::Element* weights, int64_t inputs, int64_t outputs, int64_t rows, const float* first,
          const float* second, float* out) {
   const int64_t half = inputs / 2, blocks = outputs / BLOCK;
-  const int64_t work = std::clamp(outputs * inputs / 8, LEAST_WORK, MOST_WORK);
+  const int64_t work = std::clamp(outputs * inputs / 4, LEAST_WORK, MOST_WORK);
   const int64_t part = std::max<int64_t>(1, work / (BLOCK * inputs));
   share(blocks, part, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * BLOCK; n < end * BLOCK; n += BLOCK)
@@ -151,28 +151,51 @@ void run(const typename Weights::Element* weights, int64_t inputs, int64_t outpu
 }
 
 // x [rows, inputs] -> two of [rows, inputs / 2], as the weights' format pairs them.
-template <class Weights>
-void split(const float* x, int64_t rows, int64_t inputs, float* first, float* second) {
+template <class Weights, class Input>
+void split(const Input* x, int64_t rows, int64_t inputs, float* first, float* second) {
   const int64_t half = inputs / 2;
   for (int64_t m = 0; m < rows; m++)
     for (int64_t i = 0; i < half; i++) {
       const int64_t pair = i / VECTOR * PAIR, lane = i % VECTOR;
-      const float* from = x + m * inputs;
-      first[m * half + i] = Weights::INTERLEAVED ? from[2 * i] : from[pair + lane];
-      second[m * half + i] = Weights::INTERLEAVED ? from[2 * i + 1] : from[pair + VECTOR + lane];
+      const Input* from = x + m * inputs;
+      first[m * half + i] = static_cast<float>(Weights::INTERLEAVED ? from[2 * i] : from[pair + lane]);
+      second[m * half + i] = static_cast<float>(Weights::INTERLEAVED ? from[2 * i + 1] : from[pair + VECTOR + lane]);
     }
 }
 
-template <class Weights>
-at::Tensor few_rows(const at::Tensor& x, const at::Tensor& weight) {
-  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
-  const at::Tensor wide = x.to(at::kFloat);
-  at::Tensor out = at::empty({rows, outputs}, wide.options());
-  std::vector<float> first(rows * inputs / 2), second(rows * inputs / 2);
-  split<Weights>(wide.const_data_ptr<float>(), rows, inputs, first.data(), second.data());
+// y = x w^T, times a scale and plus a bias per output channel where given; y in x's type. No intermediate tensors: at
+// one row, PyTorch's own conversions would cost as much as a small product.
+template <class Weights, class Input>
+at::Tensor few_rows(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& scale,
+                    const std::optional<at::Tensor>& bias) {
+  const at::Tensor x = input.contiguous();
+  const int64_t inputs = weight.size(1), outputs = weight.size(0), rows = x.numel() / inputs;
+  std::vector<float> first(rows * inputs / 2), second(rows * inputs / 2), sums(rows * outputs);
+  split<Weights, Input>(x.const_data_ptr<Input>(), rows, inputs, first.data(), second.data());
   run<Weights>(static_cast<const typename Weights::Element*>(weight.const_data_ptr()), inputs, outputs, rows,
-               first.data(), second.data(), out.mutable_data_ptr<float>());
+               first.data(), second.data(), sums.data());
+  const at::Tensor factors = scale.has_value() ? scale->to(at::kFloat).contiguous() : at::Tensor();
+  const at::Tensor shifts = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  const float* factor = factors.defined() ? factors.const_data_ptr<float>() : nullptr;
+  const float* shift = shifts.defined() ? shifts.const_data_ptr<float>() : nullptr;
+  auto shape = x.sizes().vec();
+  shape.back() = outputs;
+  at::Tensor out = at::empty(shape, x.options());
+  Input* to = out.mutable_data_ptr<Input>();
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t n = 0; n < outputs; n++) {
+      const float sum = sums[m * outputs + n];
+      to[m * outputs + n] = static_cast<Input>((factor ? factor[n] * sum : sum) + (shift ? shift[n] : 0.0f));
+    }
   return out;
+}
+
+template <class Weights>
+at::Tensor dispatch(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& scale,
+                    const std::optional<at::Tensor>& bias) {
+  if (input.scalar_type() == at::kBFloat16) return few_rows<Weights, c10::BFloat16>(input, weight, scale, bias);
+  if (input.scalar_type() == at::kFloat) return few_rows<Weights, float>(input, weight, scale, bias);
+  return few_rows<Weights, float>(input.to(at::kFloat), weight, scale, bias).to(input.scalar_type());
 }
 
 void check(const at::Tensor& input, const at::Tensor& weight, at::ScalarType type) {
@@ -182,24 +205,15 @@ void check(const at::Tensor& input, const at::Tensor& weight, at::ScalarType typ
               "linear: inputs must be as many as the weight's and a multiple of 16");
 }
 
-at::Tensor finish(at::Tensor out, const at::Tensor& input, const std::optional<at::Tensor>& bias) {
-  if (bias.has_value()) out.add_(*bias);
-  auto shape = input.sizes().vec();
-  shape.back() = out.size(1);
-  return out.to(input.scalar_type()).view(shape);
-}
-
 at::Tensor linear_bf16(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   check(input, weight, at::kBFloat16);
-  const auto x = input.reshape({-1, input.size(-1)}).contiguous();
-  return finish(few_rows<BFloat16Weights>(x, weight), input, bias);
+  return dispatch<BFloat16Weights>(input, weight, std::nullopt, bias);
 }
 
 at::Tensor linear_int8(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& scale,
                        const std::optional<at::Tensor>& bias) {
   check(input, weight, at::kChar);
-  const auto x = input.reshape({-1, input.size(-1)}).contiguous();
-  return finish(few_rows<Int8Weights>(x, weight).mul_(scale), input, bias);
+  return dispatch<Int8Weights>(input, weight, scale, bias);
 }
 
 // Attention of few queries over a cache in bf16, read once: per row and KV head, the queries of its group.
