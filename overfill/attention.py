@@ -70,16 +70,12 @@ def grouped_attention_on_cpu(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The same through the kernel of `overfill.kernels` where it fits: few queries with a mask over a bf16 cache."""
-    batch, heads, length, width = query.shape
-    groups = heads // key.shape[1]
-    fits = key.dtype == torch.bfloat16 and width % 16 == 0 and groups * length <= STACKED_QUERIES
-    if attention_mask is None or not fits:
+    _, heads, length, width = query.shape
+    few = heads // key.shape[1] * length <= STACKED_QUERIES
+    if attention_mask is None or not few or key.dtype != torch.bfloat16 or query.dtype != key.dtype or width % 16:
         return grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs)
-    stacked = query.reshape(batch, key.shape[1], groups * length, width)
-    mask = attention_mask.repeat(1, 1, groups, 1)[:, 0]
     scale = width**-0.5 if scaling is None else scaling
-    out = torch.ops.overfill.grouped_attention(stacked, key, value, mask, scale)
-    return out.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
+    return torch.ops.overfill.grouped_attention(query, key, value, attention_mask, scale), None
 
 
 AttentionInterface.register(NAME, grouped_attention)

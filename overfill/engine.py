@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -130,15 +131,13 @@ class Engine:
         padding = (~prompt_mask).sum(1).to(device)
         state = DecodeState(store, valid, padding, 0, padded)
         positions = positions_of(prompt_mask)
-        chunk = chunk or max(1, PREFILL_TOKENS // batch)
-        for start in range(0, width, chunk):
-            stop = min(start + chunk, width)
-            place, mask = Span(start, stop), self._mask(state, start, stop)
+        starts = range(0, width, chunk or max(1, PREFILL_TOKENS // batch))
+        for start, stop in pairwise(starts):
             part, where = prompt_ids[:, start:stop], positions[:, start:stop]
-            if stop < width:
-                self.full.hidden(store, part, where, place, mask)
-            else:
-                logits = self.full.read(store, part, where, place, mask)
+            self.full.hidden(store, part, where, Span(start, stop), self._mask(state, start, stop))
+        start = starts[-1]
+        part, where = prompt_ids[:, start:], positions[:, start:]
+        logits = self.full.read(store, part, where, Span(start, width), self._mask(state, start, width))
         state.length = width
         return logits[:, -1].to(device), state
 

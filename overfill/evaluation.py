@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 from overfill.batch import PromptResponseBatch
-from overfill.decode_loop import run_loop
+from overfill.decode_loop import TwoStageOutput, run_loop
 from overfill.dial import Refresh
 from overfill.engine import Engine
 from overfill.generation import prepare_request
@@ -142,6 +142,7 @@ def _generate(
     )
     request = prepare_request(engine, ids, mask, config, {"return_dict_in_generate": True})
     out = run_exact(engine, request) if exact else run_loop(engine, request, refresh=refresh)
+    assert isinstance(out, TwoStageOutput)  # as asked for
     answers = out.sequences[:, width:]
     ended = torch.isin(answers, torch.tensor(config.eos_token_id)).cumsum(1)
     asked.update(tokens=int((ended == 0).sum() + (ended > 0).any(1).sum()), refreshes=out.refreshes or 0)

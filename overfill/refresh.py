@@ -44,6 +44,7 @@ class Refresher:
             self.count += int(unfinished.sum())
             return self.engine.full_reads(state, ids[:, start : column + 1], start)
         logits = self.engine.decode_one(state, ids[:, column])
+        assert self.refresh.entropy is not None  # one of the two is set
         unsure = (entropy(logits) > self.refresh.entropy) & unfinished
         if not bool(unsure.any()):
             return logits

@@ -58,7 +58,7 @@ def answer(
     )
 
 
-def prompt_ids(tokenizer: object, prompt: str, chat: bool) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """Token ids of a prompt, as training had them: through the chat template, up to where the answer begins."""
     if not chat:
         return tokenizer(prompt)["input_ids"]

@@ -56,7 +56,9 @@ def load() -> None:
     torch.library.register_fake(
         "overfill::linear_int8", lambda input, weight, scale, bias: _linear_shape(input, weight)
     )
-    torch.library.register_fake("overfill::grouped_attention", lambda query, *_: query.new_empty(query.shape))
+    torch.library.register_fake(
+        "overfill::grouped_attention", lambda query, *_: query.new_empty(query.transpose(1, 2).shape)
+    )
     _LOADED[0] = True
 
 

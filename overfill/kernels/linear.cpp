@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -259,33 +260,50 @@ void attend(const float* q, const uint16_t* k, const uint16_t* v, int64_t stride
     }
 }
 
+// query [B, Q, N, K] with Q heads in groups that share one of the H heads of key and value [B, H, C, K]; mask
+// [B, 1, N, C]; result [B, N, Q, K]. A group's queries are stacked, group by group of N.
 at::Tensor grouped_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                              const at::Tensor& mask, double scale) {
-  const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), width = query.size(3);
-  const int64_t columns = key.size(2), stride = key.stride(2);
-  TORCH_CHECK(key.scalar_type() == at::kBFloat16 && value.scalar_type() == at::kBFloat16 && width % PAIR == 0,
-              "grouped_attention: keys and values must be bf16, with a multiple of 16 channels per head");
-  TORCH_CHECK(key.stride(3) == 1 && value.strides() == key.strides(), "grouped_attention: channels must be contiguous");
-  // Even and odd channels of each sixteen apart, as keys and values come out of their format; undone at the end.
-  const auto pairs = width / PAIR;
-  const at::Tensor q =
-      query.to(at::kFloat).reshape({batch, heads, queries, pairs, VECTOR, 2}).transpose(4, 5).contiguous();
+  const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2), width = query.size(3);
+  const int64_t shared = key.size(1), columns = key.size(2), stride = key.stride(2), groups = heads / shared;
+  TORCH_CHECK(query.scalar_type() == at::kBFloat16 && key.scalar_type() == at::kBFloat16 &&
+                  value.scalar_type() == at::kBFloat16 && width % PAIR == 0,
+              "grouped_attention: queries, keys and values must be bf16, with a multiple of 16 channels per head");
+  TORCH_CHECK(key.stride(3) == 1 && value.strides() == key.strides() && query.stride(3) == 1,
+              "grouped_attention: channels must be contiguous");
   const at::Tensor seen = mask.contiguous();
-  at::Tensor out = at::empty(q.sizes(), q.options());
-  const float* from = q.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
+  const int64_t queries = groups * length;
+  at::Tensor out = at::empty({batch, length, heads, width}, query.options());
+  auto* to = out.mutable_data_ptr<c10::BFloat16>();
+  const auto* from = query.const_data_ptr<c10::BFloat16>();
   const auto* keys = static_cast<const uint16_t*>(key.const_data_ptr());
   const auto* values = static_cast<const uint16_t*>(value.const_data_ptr());
-  const bool* visible = seen.const_data_ptr<bool>();
-  share(batch * heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(queries * columns);
+  share(batch * shared, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> stacked(queries * width), scores(queries * columns), sums(queries * width);
+    const std::unique_ptr<bool[]> visible(new bool[queries * columns]);
     for (int64_t i = begin; i < end; i++) {
-      const int64_t row = i / heads, at = row * key.stride(0) + i % heads * key.stride(1);
-      attend(from + i * queries * width, keys + at, values + at, stride, visible + row * queries * columns, queries,
-             columns, width, static_cast<float>(scale), scores.data(), to + i * queries * width);
+      const int64_t row = i / shared, head = i % shared, first = row * key.stride(0) + head * key.stride(1);
+      for (int64_t g = 0; g < queries; g++) {
+        const int64_t own = head * groups + g / length, place = g % length;
+        const auto* line = from + row * query.stride(0) + own * query.stride(1) + place * query.stride(2);
+        // Even and odd channels of each sixteen apart, as keys and values come out of their format.
+        split<BFloat16Weights>(line, 1, width, sums.data(), sums.data() + width / 2);
+        for (int64_t k = 0; k < width; k++)
+          stacked[g * width + k] = sums[k / VECTOR % 2 * (width / 2) + k / PAIR * VECTOR + k % VECTOR];
+        std::copy_n(seen.const_data_ptr<bool>() + (row * length + place) * columns, columns,
+                    visible.get() + g * columns);
+      }
+      attend(stacked.data(), keys + first, values + first, stride, visible.get(), queries, columns, width,
+             static_cast<float>(scale), scores.data(), sums.data());
+      for (int64_t g = 0; g < queries; g++) {
+        const int64_t own = head * groups + g / length, place = g % length;
+        auto* line = to + ((row * length + place) * heads + own) * width;
+        for (int64_t k = 0; k < width; k++) // the even channels of sixteen come first, then the odd ones
+          line[k] = static_cast<c10::BFloat16>(sums[g * width + k / PAIR * PAIR + k % 2 * VECTOR + k % PAIR / 2]);
+      }
     }
   });
-  return out.transpose(4, 5).reshape(query.sizes()).to(query.scalar_type());
+  return out;
 }
 
 } // namespace

@@ -53,18 +53,20 @@ def test_int8_is_the_nearest_of_255_steps_per_channel(rows: int) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("groups", "columns", "width"), [(1, 3, 16), (3, 70, 32), (5, 200, 128)])
-def test_grouped_attention_is_attention(groups: int, columns: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("groups", "length", "columns", "width"), [(1, 1, 3, 16), (3, 1, 70, 32), (2, 5, 200, 128), (1, 9, 64, 48)]
+)
+def test_grouped_attention_is_attention(groups: int, length: int, columns: int, width: int) -> None:
     kernels.load()
     torch.manual_seed(groups)
-    q = torch.randn(2, 4, groups, width, dtype=torch.bfloat16)
-    store = torch.randn(2, 2, 4, columns + 9, width, dtype=torch.bfloat16)
-    k, v = store[0, :, :, :columns], store[1, :, :, :columns]
-    mask = torch.rand(2, groups, columns) > 0.4
-    mask[:, :, columns // 2] = True
-    found = torch.ops.overfill.grouped_attention(q, k, v, mask, 0.3)
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask[:, None], scale=0.3)
-    torch.testing.assert_close(found.float(), expected, atol=1e-2, rtol=1e-2)
+    q = torch.randn(2, length, 4 * groups, width, dtype=torch.bfloat16).transpose(1, 2)
+    store = torch.randn(2, columns + 9, 2, 4, width, dtype=torch.bfloat16).permute(0, 2, 3, 1, 4)[..., :columns, :]
+    mask = torch.rand(2, 1, length, columns) > 0.4
+    mask[..., columns // 2] = True
+    found = torch.ops.overfill.grouped_attention(q, store[0], store[1], mask, 0.3)
+    k, v = (part.float().repeat_interleave(groups, dim=1) for part in store)
+    expected = F.scaled_dot_product_attention(q.float(), k, v, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=1e-2, rtol=1e-2)
 
 
 @needs_compiler
