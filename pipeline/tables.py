@@ -58,11 +58,20 @@ def print_report(report: Report, console: Console) -> None:
     from rich import box
     from rich.table import Table as RichTable
 
-    for table in tables(report):
-        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+    for given in tables(report):
+        table = _narrowed(given)
+        gap = (0, 1) if table is given else (0, 0)  # the lines below a method take more room
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False, padding=gap)
         for column in table.columns:
             header = column.replace(" ", "\n", 1) if column == "exact match %" else column
-            shown.add_column(header, justify="left" if column in LEFT else "right", no_wrap=column != "variant")
+            folds = column in ("method", "ratio")
+            shown.add_column(
+                header,
+                justify="left" if column in LEFT else "right",
+                no_wrap=not folds,
+                overflow="fold",
+                max_width=14 if folds else None,
+            )
         for row in table.rows:
             shown.add_row(*row)
         console.print(table.title, style="bold", markup=False, highlight=False)
@@ -70,6 +79,20 @@ def print_report(report: Report, console: Console) -> None:
         console.print()
     for sentence in sentences(report):
         console.print(sentence, markup=False, highlight=False)
+
+
+def _narrowed(table: Table) -> Table:
+    """The variant on lines below the method (or the ratio, where no method stands), for terminals of 80 columns."""
+    if "variant" not in table.columns:
+        return table
+    variant = table.columns.index("variant")
+    below = table.columns.index("method" if "method" in table.columns else "ratio")
+
+    def narrowed(row: tuple[str, ...]) -> tuple[str, ...]:
+        parts = [row[below], *(row[variant].split() if row is not table.columns else [])]
+        return tuple("\n".join(parts) if i == below else cell for i, cell in enumerate(row) if i != variant)
+
+    return Table(table.title, narrowed(table.columns), tuple(narrowed(row) for row in table.rows))
 
 
 def to_json(report: Report) -> str:

@@ -119,6 +119,20 @@ def test_cells_with_other_axes_are_never_averaged_together(synthetic: SyntheticS
     assert variants == ["learning_rate=0.0001", "learning_rate=0.001"]
 
 
+def test_variants_take_no_digit_from_the_table_on_a_narrow_terminal(synthetic: SyntheticStore) -> None:
+    axes = {"distill.learning_rate": [1e-3, 1e-4], "distill.warmup": [0.05, 0.1]}
+    cells = toy_cells(methods=("overfill", "pruned"), axes=axes)
+    for cell in cells:
+        synthetic.finish(cell)
+    console = Console(width=80, file=io.StringIO())
+    print_report(make_report("toy", "", cells, synthetic.store), console)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    assert any(line.strip() == "warmup=0.05" for line in lines)
+
+
 def test_two_different_widths_show_in_the_variant(synthetic: SyntheticStore) -> None:
     axes = {"prune": [{"hidden": 0.25, "intermediate": 0.5}, {"hidden": 0.5, "intermediate": 0.25}]}
     cells = toy_cells(methods=("overfill",), axes=axes)
