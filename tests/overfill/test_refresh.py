@@ -40,7 +40,7 @@ def by_hand(full: PreTrainedModel, student: PreTrainedModel, prompt: list[int], 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("every", [1, 2, 3, 7])
+@pytest.mark.parametrize("every", [1, 3])
 def test_every_n_tokens_the_cache_is_the_full_models(kind: str, every: int) -> None:
     full, student = full_model(kind), student_model(kind)
     prompt = [3, 14, 5, 9, 26, 8]

@@ -33,18 +33,20 @@ def close_student(kind: str, seed: int = 3) -> Any:
     return student
 
 
-@pytest.mark.parametrize("draft_tokens", [1, 2, 5, 16, None])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "draft_tokens"),
+    [*((kind, count) for kind in KINDS for count in (3, None)), ("llama", 1), ("mistral-slides", 16)],
+)
 def test_greedy_text_is_the_full_models_token_for_token(kind: str, draft_tokens: int | None) -> None:
     full = full_model(kind)
-    options = {"attention_mask": MASK, "max_new_tokens": 20}
+    options = {"attention_mask": MASK, "max_new_tokens": 14}
     expected = full.generate(PROMPTS, **options)
     for student in (student_model(kind), close_student(kind)):
         found = generate(Engine(full, student), PROMPTS, exact=True, draft_tokens=draft_tokens, **options)
         assert torch.equal(found, expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     rows=st.lists(TOKENS, min_size=1, max_size=4),
     eos=st.sets(st.integers(3, 40), max_size=8),
