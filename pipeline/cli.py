@@ -100,6 +100,21 @@ def report(
 
 
 @app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
+    keep_checkpoints: Annotated[
+        int, typer.Option(min=1, help="Newest step checkpoints of an unfinished stage that stay.")
+    ] = 1,
+    store: StoreOption = None,
+) -> None:
+    """List what no experiment of the store refers to, and leftovers of killed processes; removes nothing by itself."""
+    from pipeline.experiment import open_store
+    from pipeline.gc import collect_garbage
+
+    collect_garbage(open_store(store), delete, keep_checkpoints, Console())
+
+
+@app.command()
 def ui(
     store: StoreOption = None,
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,

@@ -1,0 +1,281 @@
+"""What may be removed from a store: `overfill gc`.
+
+An artifact is needed when an experiment file in the store (`sweeps/*/experiment.yaml`) comes to it, when something that
+is being built right now is made from it, or when it differs from a needed one only in the machine (a latency that was
+measured elsewhere). Everything else is listed with its size and the reason. Nothing is removed on doubt: an experiment
+file that cannot be read ends the whole collection, and a folder that is not named like an artifact is not looked at.
+
+Removing, while drivers may start at any moment: a whole artifact is removed under its own lease, so that nobody builds
+it meanwhile; anything is first renamed into `.trash`, so that nobody ever sees a half of it; and a change of the
+experiment files since the listing ends the removal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from overfill.errors import UserError
+from pipeline.experiment import EXPERIMENT_FILE, read_experiment
+from pipeline.fingerprint import IDENTITY_LENGTH, fingerprint
+from pipeline.lease import acquire
+from pipeline.planning import size
+from pipeline.record import RECORD_FILE
+from pipeline.stage import Stage, topological
+from pipeline.store import IDENTITY_FILE, Store
+from pipeline.training.checkpoints import step_of, why_incomplete
+
+STALE_S = 3600.0
+"""Least age of leftovers that no lease covers: hidden files beside an experiment, folders of Ray Tune."""
+TRASH = ".trash"
+_ARTIFACT = re.compile(rf"(?:.*_)?([0-9a-f]{{{IDENTITY_LENGTH}}})\Z")
+_TEMPORARY = re.compile(r"\..+[.-][0-9a-f]{32}\Z")
+"""What `record.write_text` and `lease` name a file before they rename it."""
+_MACHINE = ("device", "versions")
+"""Fields of a benchmark's config that the machine supplies, which this one may not be."""
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that nothing refers to."""
+
+    path: Path
+    reason: str
+    size: int
+    """Bytes."""
+    artifact: Path | None = None
+    """Folder of the artifact whose lease must be free; None where no lease covers it."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is an artifact with everything in it."""
+        return self.path == self.artifact
+
+
+def collect_garbage(store: Store, delete: bool, keep_checkpoints: int, console: Console) -> None:
+    """Print what can go, and remove it when told to. Raises UserError when it is not certain what is needed."""
+    before = experiment_files(store)
+    found = collect(store, keep_checkpoints)
+    gone = list(remove(store, found, before)) if delete else found
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("removed" if delete else "can be removed", overflow="fold")
+    table.add_column("because", overflow="fold")
+    for one in gone:
+        table.add_row(size(one.size), str(one.path.relative_to(store.root)), one.reason)
+    if gone:
+        console.print(table)
+    total = f"{len(gone)} item{'' if len(gone) == 1 else 's'}, {size(sum(one.size for one in gone))}"
+    in_use = f"; {len(found) - len(gone)} came into use meanwhile and stay" if len(gone) < len(found) else ""
+    console.print(
+        f"removed: {total}{in_use}" if delete else f"nothing was removed; --delete removes {total}", highlight=False
+    )
+
+
+def collect(store: Store, keep_checkpoints: int = 1) -> list[Garbage]:
+    """Everything that can go, largest first. Raises UserError for an experiment file that cannot be read."""
+    known = {stage.identity: stage for stage in _known_stages(store)}
+    folders = {folder: match[1] for folder in _artifact_folders(store) if (match := _ARTIFACT.match(folder.name))}
+    held = {folder for folder in folders if store.sighting(folder).state == "held"}
+    needed = set(known).union(*map(_in_use, held))
+    elsewhere = {_without_machine(stage.full_description) for stage in known.values()}
+    found: list[Garbage] = []
+    for folder, identity in folders.items():
+        if folder in held:
+            continue
+        if identity in needed or _without_machine(_description(folder)) in elsewhere:
+            found += _leftovers(folder, keep_checkpoints)
+        else:
+            found.append(_garbage(folder, "no experiment refers to it", folder))
+    found += _outside_of_artifacts(store, alive=bool(held))
+    return sorted(found, key=lambda one: -one.size)
+
+
+def remove(store: Store, found: list[Garbage], seen: Mapping[Path, int]) -> Iterator[Garbage]:
+    """Remove what `collect` found, and yield what has gone; what somebody has begun to use since stays.
+
+    `seen` are the experiment files at the time of collecting. Raises UserError when they have changed."""
+    trash = store.root / TRASH
+    for one in found:
+        if experiment_files(store) != dict(seen):
+            raise UserError(f"{store.root}: an experiment was started meanwhile; what is left stays, run gc again")
+        if _remove(store, one, trash):
+            yield one
+    if trash.is_dir() and not any(trash.iterdir()):
+        trash.rmdir()
+
+
+def experiment_files(store: Store) -> dict[Path, int]:
+    """Experiment file -> when it was last written."""
+    return {path: path.stat().st_mtime_ns for path in sorted((store.root / "sweeps").glob(f"*/{EXPERIMENT_FILE}"))}
+
+
+# --- what is needed
+
+
+def _known_stages(store: Store) -> list[Stage]:
+    stages: list[Stage] = []
+    for path in experiment_files(store):
+        try:
+            stages += [stage for cell in read_experiment(str(path)).cells for stage in cell.stages]
+        except (UserError, OSError) as error:
+            raise UserError(
+                f"{path}: cannot be read, so nothing is removed; mend it, or delete its folder first ({error})"
+            ) from error
+    return topological(stages)
+
+
+def _artifact_folders(store: Store) -> Iterator[Path]:
+    """Every folder of the store that is named and filled like an artifact."""
+    for path in sorted(store.root.glob("[a-z]*/*")):
+        if _ARTIFACT.match(path.name) and any((path / name).exists() for name in (IDENTITY_FILE, "attempts")):
+            yield path
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """What an artifact is, by its own word; empty where that is missing or not of an artifact of this name."""
+    try:
+        described = json.loads((folder / IDENTITY_FILE).read_bytes())["description"]
+        return described if folder.name.endswith(tuple(_made_from(described))) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _in_use(folder: Path) -> set[str]:
+    """What somebody is building there, and what it is made from."""
+    found = _made_from(_description(folder))
+    if not any(folder.name.endswith(identity) for identity in found):
+        raise UserError(f"{folder}: is being built, and its {IDENTITY_FILE} does not say from what; run gc again later")
+    return found
+
+
+def _made_from(description: dict[str, Any]) -> set[str]:
+    """Identities of everything that a description's stage is made from, and its own."""
+    found: set[str] = set()
+
+    def identity(of: dict[str, Any]) -> str:
+        inputs = of.get("inputs")
+        if not isinstance(inputs, dict):
+            return fingerprint(of)  # not a stage
+        own = fingerprint(of | {"inputs": {name: identity(source) for name, source in inputs.items()}})
+        found.add(own)
+        return own
+
+    identity(description)
+    return found
+
+
+def _without_machine(description: dict[str, Any]) -> str:
+    config = {key: value for key, value in description.get("config", {}).items() if key not in _MACHINE}
+    return fingerprint(description | {"config": config})
+
+
+# --- leftovers
+
+
+def _leftovers(folder: Path, keep_checkpoints: int) -> list[Garbage]:
+    """What can go from an artifact that is needed and that nobody is building."""
+    progress, finished = folder / "progress", (folder / "payload" / RECORD_FILE).exists()
+    found = [_garbage(path, "left by an attempt that has ended", folder) for path in folder.glob("staging-*")]
+    found += [_garbage(path, "set aside as altered", folder) for path in folder.glob("altered-*")]
+    found += [_garbage(path, "left by a contender for a lease", folder) for path in folder.glob("attempts/.new-*")]
+    temporary = [path for inside in (".*", "attempts/*/.*", "progress/.*") for path in folder.glob(inside)]
+    found += [_garbage(path, "half a file of a killed writer", folder) for path in temporary if _is_temporary(path)]
+    for root in sorted(path for path in progress.glob("*") if path.is_dir()):
+        if finished:
+            found.append(_garbage(root, "step checkpoints of a finished stage", folder))
+        else:
+            found += [_garbage(old, "an older step checkpoint", folder) for old in _older(root, keep_checkpoints)]
+    return found
+
+
+def _older(root: Path, keep: int) -> Iterator[Path]:
+    """Step checkpoints below the newest `keep` whole ones; one that is damaged does not count as one of them."""
+    steps = sorted((path for path in root.iterdir() if step_of(path) is not None), reverse=True)
+    whole = 0
+    for folder in steps:
+        if whole >= keep:
+            yield folder
+        elif why_incomplete(folder) is None:
+            whole += 1
+
+
+def _outside_of_artifacts(store: Store, alive: bool) -> Iterator[Garbage]:
+    """`alive`: somebody builds something in this store, so Ray Tune may be at work too."""
+    for path in sorted((store.root / TRASH).glob("*")):
+        yield _garbage(path, "left by a gc that was interrupted")
+    for path in sorted((store.root / "sweeps").glob("*/.*")):
+        if _is_temporary(path) and _age(path) > STALE_S:
+            yield _garbage(path, "half a file of a killed writer")
+    for path in sorted((store.root / "tune").glob("run-*")):
+        # A living Tune writes its state every few seconds.
+        if not alive and min(map(_age, (path, *path.rglob("*")))) > STALE_S:
+            yield _garbage(path, "Ray Tune's folder of a run that has ended")
+
+
+def _is_temporary(path: Path) -> bool:
+    return bool(_TEMPORARY.match(path.name)) and not path.is_dir()
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.lstat().st_mtime
+
+
+def _garbage(path: Path, reason: str, artifact: Path | None = None) -> Garbage:
+    return Garbage(path, reason, _size(path), artifact)
+
+
+def _size(path: Path) -> int:
+    """Bytes on this path, links as themselves; what vanishes meanwhile counts nothing."""
+    total = 0
+    for part in (path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)):
+        if part.is_symlink() or part.is_file():
+            try:
+                total += part.lstat().st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+# --- removing
+
+
+def _remove(store: Store, one: Garbage, trash: Path) -> bool:
+    """Whether it is gone; False when somebody is at work there."""
+    lease = None
+    if one.artifact is not None:
+        seen = store.sighting(one.artifact)
+        if seen.state == "held":
+            return False
+        if one.whole and (lease := acquire(one.artifact / "attempts", seen.attempt)) is None:
+            return False
+    with lease or nullcontext():
+        if one.whole:
+            # First, so that a driver that starts now finds the folder by its name, and waits for its lease.
+            (store.root / ".claims" / one.path.name.rpartition("_")[2]).unlink(missing_ok=True)
+        target = one.path
+        if target.parent != trash:
+            trash.mkdir(exist_ok=True)
+            target = trash / f"{uuid.uuid4().hex}-{one.path.name}"
+            try:
+                one.path.rename(target)
+            except FileNotFoundError:
+                return False  # a driver has cleared it away itself
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink()
+    return True
