@@ -81,22 +81,29 @@ def status(name: Name = None, store: StoreOption = None) -> None:
 @app.command()
 def report(
     name: Name = None,
+    max_tpot: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Recommend what decodes a token within this time: 20ms.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Recommend what decodes within this memory: 6GB.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One object per cell, as a JSON list.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="The tables in Markdown.")] = False,
+    as_summary: Annotated[
+        bool, typer.Option("--summary", help="What is concluded from the cells, as one JSON object.")
+    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One line per cell.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Answers and tables in Markdown.")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Compare the cells of an experiment."""
+    """Compare the cells of an experiment, and say what to ship."""
+    from pipeline.commands import print_comparison
     from pipeline.experiment import known_experiment, open_store
-    from pipeline.report import make_report
-    from pipeline.tables import markdown, print_report, to_json
+    from pipeline.pareto import read_budget
 
+    forms = {"json": as_json, "summary": as_summary, "csv": as_csv, "markdown": as_markdown}
+    budget = read_budget(max_tpot, max_memory)
     here = open_store(store)
-    experiment = known_experiment(here, name)
-    found = make_report(experiment.name, experiment.config.description, experiment.cells, here)
-    if as_json or as_markdown:
-        typer.echo(to_json(found) if as_json else markdown(found))
-    else:
-        print_report(found, Console())
+    print_comparison(known_experiment(here, name), here, budget, [form for form, asked in forms.items() if asked])
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What `overfill run` does around the run itself: find what is missing, run it, show what came out."""
+"""What `overfill run` does around the run itself: find what is missing, run it, show what came out; and show it again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import shlex
 import socket
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +23,14 @@ from pipeline.experiment import (
     run_missing,
     sweep_folder,
 )
+from pipeline.exports import summary_json, to_csv, to_json, write_report
 from pipeline.report import make_report
 from pipeline.store import Store
-from pipeline.tables import print_report, write_report
+from pipeline.tables import markdown, print_report
 from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:
+    from pipeline.pareto import Budget
     from pipeline.tune import Outcome
 
 
@@ -61,6 +65,22 @@ def _print_places(store: Store, plots: list[Path], console: Console) -> None:
     console.print(
         f"MLflow: overfill ui{'' if default else f' --store {shlex.quote(str(store.root))}'}", highlight=False
     )
+
+
+def print_comparison(experiment: Experiment, store: Store, budget: Budget, forms: Sequence[str]) -> None:
+    """Print what an experiment found, as tables or in one of the `forms` json, summary, csv, markdown.
+
+    Raises UserError for more than one form."""
+    if len(forms) > 1:
+        raise UserError(
+            f"{' and '.join('--' + form for form in forms)}: they all go to the same output; give one of them"
+        )
+    report = make_report(experiment.name, experiment.config.description, experiment.cells, store, budget)
+    if forms:
+        written = {"json": to_json, "summary": summary_json, "csv": to_csv, "markdown": markdown}[forms[0]](report)
+        sys.stdout.write(written.rstrip("\n") + "\n")
+    else:
+        print_report(report, Console())
 
 
 def serve_ui(store: Store, host: str, port: int) -> int:

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report import Group, front
+from pipeline.advice import value_of
+from pipeline.groups import Group
+from pipeline.methods import LOOKS
+from pipeline.pareto import front, key, standings
+from pipeline.wording import quality_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +25,6 @@ FIGURES = ("pareto", "quality")
 """Names of the files."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """Okabe and Ito's palette, told apart also by colour-blind readers."""
-MARKERS = {"full": "*", "overfill": "o", "pruned": "s", "scratch": "^"}
-NAMES = {"full": "full model", "overfill": "OverFill", "pruned": "pruned only", "scratch": "from scratch"}
-LINES = {"full": ":", "overfill": "-", "pruned": "--", "scratch": "-."}
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -42,16 +43,14 @@ STYLE = {
 GREY = "#555555"
 FRONT = "#B8B8B8"
 LEGEND: dict[str, Any] = {"ncols": 5, "frameon": False, "fontsize": 9, "columnspacing": 1.4, "handletextpad": 0.5}
-DODGE = {"full": 0.0, "overfill": 0.0, "pruned": 0.5, "scratch": -0.5}
-"""Sideways shift in percentage points, so that the bars of two methods at one ratio do not hide each other."""
 
 
 def write_plots(found: Sequence[Group], folder: Path) -> list[Path]:
     """Draw every figure that the groups have numbers for; returns the files, each figure as .png and .svg."""
     figures: dict[str, Callable[[Sequence[Group]], Figure]] = {}
-    if any(group.exact_match and group.mean("tpot_s") for group in found):
+    if any(group.quality and group.mean("tpot_s") for group in found):
         figures["pareto"] = pareto_figure
-    if any(group.exact_match and group.method != "full" for group in found):
+    if any(group.quality and group.method != "full" for group in found):
         figures["quality"] = quality_figure
     written: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,44 +66,48 @@ def write_plots(found: Sequence[Group], folder: Path) -> list[Path]:
 
 
 def pareto_figure(found: Sequence[Group]) -> Figure:
-    """Exact match over TPOT; up and to the left is better. The front runs over all teachers and methods."""
+    """Quality over TPOT; up and to the left is better. The front runs over all teachers and methods; what it leaves
+    behind is faded."""
     figure, axes = _canvas(6.4, 4.4)
-    points = [(tpot * 1000, group) for group in found if group.exact_match and (tpot := group.mean("tpot_s"))]
+    points = [(tpot * 1000, group) for group in found if group.quality and (tpot := group.mean("tpot_s"))]
     colours = _colours(found)
+    places = standings(found, "tpot_s")
     for tpot, group in points:
-        _draw_point(axes, tpot, group, colours[group.teacher])
-    best = front([(tpot, group.exact_match.value) for tpot, group in points if group.exact_match])
-    corners = [(points[index][0], points[index][1].exact_match) for index in best]
-    axes.step(
-        [tpot for tpot, _ in corners],
-        [100 * share.value for _, share in corners if share],
-        where="post",
-        color=FRONT,
-        linewidth=1.4,
-        zorder=1,
-    )
+        _draw_point(axes, tpot, group, colours[group.teacher], faded=places[key(group)].dominated_by is not None)
+    for conditions in dict.fromkeys(group.conditions for _, group in points):
+        _draw_front(axes, [(tpot, value_of(group)) for tpot, group in points if group.conditions == conditions])
     _label_points(axes, points)
     axes.text(0.995, 0.02, "numbers: pruning ratio", transform=axes.transAxes, ha="right", fontsize=8, color=GREY)
     axes.set_xlabel("time per output token (ms)")
-    axes.set_ylabel("exact match (%)")
+    axes.set_ylabel(f"{quality_name(found[0])} (%)")
     axes.margins(x=0.08, y=0.1)
     _legends(figure, found, colours, lines=False)
     return figure
 
 
+def _draw_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    corners = [points[index] for index in front(points)]
+    steps: dict[str, Any] = {"where": "post", "color": FRONT, "linewidth": 1.4, "zorder": 1}
+    axes.step([tpot for tpot, _ in corners], [100 * share for _, share in corners], **steps)
+
+
 def quality_figure(found: Sequence[Group]) -> Figure:
-    """Exact match and response perplexity over the share of parameters removed, one panel each."""
+    """Quality and response perplexity over the share of parameters removed, one panel each."""
     figure, (left, right) = _canvas(8.6, 3.8, columns=2)
     colours = _colours(found)
     for group in (group for group in found if group.method == "full"):
         _draw_level(left, right, group, colours[group.teacher])
     for teacher, method, line in _lines(found):
-        style: dict[str, Any] = {"color": colours[teacher], "marker": MARKERS[method], "linestyle": LINES[method]}
+        style: dict[str, Any] = {
+            "color": colours[teacher],
+            "marker": LOOKS[method].marker,
+            "linestyle": LOOKS[method].line,
+        }
         _draw_line(left, right, line, style)
     for axes in (left, right):
         axes.set_xlabel("parameters removed (%)")
         axes.margins(x=0.06, y=0.1)
-    left.set_ylabel("exact match (%)")
+    left.set_ylabel(f"{quality_name(found[0])} (%)")
     right.set_ylabel("perplexity of the response")
     _legends(figure, found, colours, lines=True)
     return figure
@@ -132,8 +135,8 @@ def _colours(found: Sequence[Group]) -> dict[str, str]:
     return {teacher: COLOURS[index % len(COLOURS)] for index, teacher in enumerate(teachers)}
 
 
-def _draw_point(axes: Axes, tpot: float, group: Group, colour: str) -> None:
-    share = group.exact_match
+def _draw_point(axes: Axes, tpot: float, group: Group, colour: str, faded: bool) -> None:
+    share = group.quality
     assert share is not None
     value = 100 * share.value
     axes.errorbar(
@@ -141,9 +144,10 @@ def _draw_point(axes: Axes, tpot: float, group: Group, colour: str) -> None:
         value,
         yerr=[[value - 100 * share.low], [100 * share.high - value]],
         linestyle="",
-        marker=MARKERS[group.method],
+        marker=LOOKS[group.method].marker,
         markersize=13 if group.method == "full" else 7.5,
         color=colour,
+        alpha=0.45 if faded else 1.0,
         markeredgecolor="white",
         markeredgewidth=0.8,
         elinewidth=1,
@@ -155,11 +159,11 @@ def _draw_point(axes: Axes, tpot: float, group: Group, colour: str) -> None:
 
 def _label_points(axes: Axes, points: Sequence[tuple[float, Group]]) -> None:
     for tpot, group in points:
-        if group.method == "full" or group.exact_match is None or _has_labelled_twin(tpot, group, points):
+        if group.method == "full" or group.quality is None or _has_labelled_twin(tpot, group, points):
             continue
         axes.annotate(
             f"{group.ratio:g}" + (f" {group.variant}" if group.variant else ""),
-            (tpot, 100 * group.exact_match.value),
+            (tpot, 100 * group.quality.value),
             xytext=(7, 4),
             textcoords="offset points",
             fontsize=8,
@@ -172,13 +176,9 @@ def _has_labelled_twin(tpot: float, group: Group, points: Sequence[tuple[float, 
     return any(
         (other.teacher, other.ratio, other.variant) == (group.teacher, group.ratio, group.variant)
         and abs(place / tpot - 1) < 0.1
-        and _correct(other) > _correct(group)
+        and value_of(other) > value_of(group)
         for place, other in points
     )
-
-
-def _correct(group: Group) -> float:
-    return 0.0 if group.exact_match is None else group.exact_match.value
 
 
 def _lines(found: Sequence[Group]) -> Iterator[tuple[str, str, list[Group]]]:
@@ -193,12 +193,12 @@ def _lines(found: Sequence[Group]) -> Iterator[tuple[str, str, list[Group]]]:
 
 def _removed(group: Group) -> float:
     effective = group.mean("ratio_effective")
-    return 100 * (group.ratio if effective is None else effective) + DODGE[group.method]
+    return 100 * (group.ratio if effective is None else effective) + LOOKS[group.method].dodge
 
 
 def _draw_line(left: Axes, right: Axes, line: Sequence[Group], style: dict[str, Any]) -> None:
     edge = {"markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.8, "linewidth": 1.6}
-    known = [(group, group.exact_match) for group in line if group.exact_match is not None]
+    known = [(group, group.quality) for group in line if group.quality is not None]
     values = [100 * share.value for _, share in known]
     bars = [[100 * (s.value - s.low) for _, s in known], [100 * (s.high - s.value) for _, s in known]]
     thin = {"capsize": 2, "elinewidth": 1, "ecolor": style["color"] + "80"}
@@ -208,10 +208,10 @@ def _draw_line(left: Axes, right: Axes, line: Sequence[Group], style: dict[str, 
 
 
 def _draw_level(left: Axes, right: Axes, full: Group, colour: str) -> None:
-    if full.exact_match is not None:
-        left.axhline(100 * full.exact_match.value, color=colour, linestyle=LINES["full"], linewidth=1.4)
+    if full.quality is not None:
+        left.axhline(100 * full.quality.value, color=colour, linestyle=LOOKS["full"].line, linewidth=1.4)
     if (perplexity := full.mean("perplexity")) is not None:
-        right.axhline(perplexity, color=colour, linestyle=LINES["full"], linewidth=1.4)
+        right.axhline(perplexity, color=colour, linestyle=LOOKS["full"].line, linewidth=1.4)
 
 
 def _legends(figure: Figure, found: Sequence[Group], colours: dict[str, str], lines: bool) -> None:
@@ -224,7 +224,7 @@ def _legends(figure: Figure, found: Sequence[Group], colours: dict[str, str], li
         names = [Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours.values()]
         figure.legend(names, list(colours), loc="outside upper left", **LEGEND)
     single = next(iter(colours.values())) if len(colours) == 1 else GREY
-    methods = [method for method in MARKERS if any(group.method == method for group in found)]
+    methods = [method for method in LOOKS if any(group.method == method for group in found)]
     handles = [_method_handle(method, single, lines) for method in methods]
     if not lines:
         handles.append(Line2D([], [], color=FRONT, linewidth=1.4, label="Pareto front"))
@@ -238,10 +238,10 @@ def _method_handle(method: str, colour: str, lines: bool) -> Any:
         [],
         [],
         color=colour,
-        marker="" if lines and method == "full" else MARKERS[method],
-        linestyle=LINES[method] if lines else "",
+        marker="" if lines and method == "full" else LOOKS[method].marker,
+        linestyle=LOOKS[method].line if lines else "",
         markersize=11 if method == "full" else 7,
         markeredgecolor="white",
         markeredgewidth=0.5,
-        label=NAMES[method],
+        label=LOOKS[method].name,
     )

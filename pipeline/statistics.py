@@ -1,23 +1,18 @@
-"""How sure a number is: intervals and paired tests for a handful of seeds and a few thousand samples.
-
-Pure numpy. Four questions, one function each:
+"""How sure a number is: intervals and tests for a handful of seeds and a few thousand samples. Pure numpy.
 
 - "this exact match is k of n": Wilson's score interval (Wilson 1927), which stays inside [0, 1] and is right near both
   ends, where the textbook normal interval has width zero.
 - "this number came from a few seeds": percentile bootstrap of the mean (Efron 1979).
-- "system A beats system B on the same samples": paired bootstrap of the difference and of the ratio. With several seeds
-  both seeds and samples are resampled (the pigeonhole bootstrap of Owen 2007): a sample that is hard is hard in every
-  seed, so treating seeds x samples as independent would promise an interval that is far too narrow.
-- "could the discordant samples be a coin toss": McNemar's exact test (two-sided binomial).
+- "could the discordant samples be a coin toss": McNemar's exact test (two-sided binomial), and its like for scores that
+  are no yes or no, and for means over seeds: the signs of the samples' differences are tossed (Fisher 1935).
 
-The bootstrap of binary outcomes needs no list of resampled indices: samples with the same outcomes are exchangeable, so
-one multinomial draw over the distinct outcome patterns is the same resample, thousands of times cheaper.
+Seeds and tasks together are the matter of `pipeline.resampling`, systems side by side that of `pipeline.comparison`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -46,36 +41,6 @@ class Interval:
     def contains(self, value: float) -> bool:
         """Whether `value` lies inside the interval, its ends included."""
         return self.low <= value <= self.high
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """System `first` against system `second` on the same samples."""
-
-    first: float
-    """Mean of the first system."""
-    second: float
-    """Mean of the second system."""
-    difference: Interval
-    """first - second, with its paired interval."""
-    ratio: Interval | None
-    """first / second; None where the second system has no correct sample in the data or in some resample."""
-    wins: int
-    """(seed, sample) pairs that only the first system has right."""
-    losses: int
-    """(seed, sample) pairs that only the second system has right."""
-    p_value: float | None
-    """McNemar's exact test; None with several seeds, where the pairs are not independent and the test does not hold."""
-    seeds: int
-    samples: int
-
-    @property
-    def within_noise(self) -> bool:
-        """Whether the interval of the difference contains zero, or McNemar's test, where it holds, is not significant.
-
-        The bootstrap alone is too sure of itself when few samples differ: four wins without a loss exclude zero."""
-        unsure = self.p_value is not None and self.p_value > 1 - CONFIDENCE
-        return unsure or self.difference.contains(0.0)
 
 
 def wilson(correct: int, total: int, confidence: float = CONFIDENCE) -> Interval:
@@ -110,27 +75,13 @@ def bootstrap_mean(
         raise ValueError(f"bootstrap_mean wants a non-empty list of numbers, got shape {array.shape}")
     distinct, counts = np.unique(array, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(array.size, counts / array.size, size=resamples)
-    return _percentiles(float(array.mean()), drawn @ distinct / array.size, confidence)
+    return percentiles(float(array.mean()), drawn @ distinct / array.size, confidence)
 
 
-def share_over_seeds(
-    outcomes: Sequence[Mapping[int, bool]],
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """Share of correct samples, one mapping {sample id: correct} per seed.
-
-    Wilson's interval for one seed; for several, seeds and samples resampled as in `compare`, over the shared samples.
-
-    Raises:
-        ValueError: no seed, or no sample in common.
-    """
-    if len(outcomes) == 1:
-        return wilson(sum(outcomes[0].values()), len(outcomes[0]), confidence)
-    array = _outcome_array(outcomes, _shared_samples(outcomes))
-    means, _ = _paired_resamples(array, array, resamples, seed)
-    return _percentiles(float(array.mean()), means, confidence)
+def percentiles(value: float, resampled: FloatArray, confidence: float = CONFIDENCE) -> Interval:
+    """The percentile interval of an estimate from its resampled values."""
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high))
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -145,75 +96,22 @@ def mcnemar(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def compare(
-    first: Sequence[Mapping[int, bool]],
-    second: Sequence[Mapping[int, bool]],
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Comparison:
-    """Compare two systems by their correct samples, one mapping {sample id: correct} per seed, seeds in the same order.
+def sign_flip(differences: FloatArray, flips: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p-value of the sum of paired `differences` [n] when each sign is a coin toss, from `flips` tosses.
 
-    Only samples that every mapping has are compared.
-
-    Raises:
-        ValueError: another number of seeds on the two sides, or no sample in common.
-    """
-    if len(first) != len(second) or not first:
-        raise ValueError(f"compare wants the same seeds on both sides, got {len(first)} and {len(second)}")
-    shared = _shared_samples([*first, *second])
-    a, b = _outcome_array(first, shared), _outcome_array(second, shared)
-    means_a, means_b = _paired_resamples(a, b, resamples, seed)
-    wins, losses = int((a > b).sum()), int((a < b).sum())
-    return Comparison(
-        first=float(a.mean()),
-        second=float(b.mean()),
-        difference=_percentiles(float(a.mean() - b.mean()), means_a - means_b, confidence),
-        ratio=_ratio(a, b, means_a, means_b, confidence),
-        wins=wins,
-        losses=losses,
-        p_value=mcnemar(wins, losses) if len(first) == 1 else None,
-        seeds=len(first),
-        samples=len(shared),
-    )
-
-
-def _shared_samples(outcomes: Sequence[Mapping[int, bool]]) -> list[int]:
-    shared = sorted(set.intersection(*(set(one) for one in outcomes))) if outcomes else []
-    if not shared:
-        raise ValueError("the outcomes have no sample in common")
-    return shared
-
-
-def _outcome_array(outcomes: Sequence[Mapping[int, bool]], samples: Sequence[int]) -> npt.NDArray[np.int8]:
-    return np.array([[one[sample] for sample in samples] for one in outcomes], dtype=np.int8)
-
-
-def _paired_resamples(
-    a: npt.NDArray[np.int8], b: npt.NDArray[np.int8], resamples: int, seed: int
-) -> tuple[FloatArray, FloatArray]:
-    """Means [resamples] of outcomes `a` and `b` [S seeds, N samples], seeds and samples drawn alike for both."""
-    seeds, samples = a.shape
-    patterns, counts = np.unique(np.concatenate([a, b]), axis=1, return_counts=True)
+    Differences of one size are exchangeable, so the number of heads among them is one binomial draw."""
+    sizes, counts = np.unique(np.abs(differences[differences != 0]).round(12), return_counts=True)
+    if sizes.size == 0:
+        return 1.0
     generator = np.random.default_rng(seed)
-    by_sample = generator.multinomial(samples, counts / samples, size=resamples) / samples
-    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    means = by_sample @ patterns.T.astype(np.float64)
-    return (means[:, :seeds] * by_seed).sum(axis=1), (means[:, seeds:] * by_seed).sum(axis=1)
+    sums = np.zeros(flips)
+    for size, count in zip(sizes, counts, strict=True):
+        sums += size * (2.0 * generator.binomial(count, 0.5, size=flips) - count)
+    seen = abs(float(differences.sum())) - 1e-9
+    return (1 + int((np.abs(sums) >= seen).sum())) / (flips + 1)
 
 
-def _ratio(
-    a: npt.NDArray[np.int8],
-    b: npt.NDArray[np.int8],
-    means_a: FloatArray,
-    means_b: FloatArray,
-    confidence: float,
-) -> Interval | None:
-    if not means_b.all():
-        return None
-    return _percentiles(float(a.mean() / b.mean()), means_a / means_b, confidence)
-
-
-def _percentiles(value: float, resampled: FloatArray, confidence: float) -> Interval:
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(value, float(low), float(high))
+def bootstrap_p(resampled: FloatArray) -> float:
+    """Two-sided p-value of "it is zero" from resampled values: at 0.05 it agrees with whether the interval holds zero."""
+    beyond = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
+    return min(1.0, 2 * (1 + beyond) / (resampled.size + 1))

@@ -1,32 +1,49 @@
-"""The report as text: the same tables for the terminal (rich) and in Markdown, and one sentence on what to ship.
+"""The report as text: what to ship first, then the same tables for the terminal (rich) and in Markdown.
 
-Rows of numbers come from `pipeline.report`; here they only get their form. Percentages of exact match carry a 95 %
-interval; a difference that the paired tests do not hold up is called what it is: within noise.
+Shares carry a 95 % interval; a difference that the paired tests do not hold up is called what it is: within noise.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.record import write_text
-from pipeline.report import KEEP_QUALITY, Advice, Duel, Group, Report
-from pipeline.statistics import Comparison, Interval
+from pipeline.comparison import Comparison
+from pipeline.groups import Group
+from pipeline.methods import METHOD_NAMES
+from pipeline.pareto import Cost, cost_of, key
+from pipeline.report import Duel, Report
+from pipeline.wording import (
+    NOTHING,
+    guideline_sentence,
+    p_value,
+    percent,
+    points,
+    seconds,
+    size,
+    span,
+    task_name,
+    times,
+    verdict,
+    verdicts,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-METHOD_NAMES = {"full": "full model", "overfill": "OverFill", "pruned": "pruned only", "scratch": "from scratch"}
-REPORT_FILE, ROWS_FILE = "report.md", "report.json"
-NOTHING = "–"
-COLUMNS = ("ratio", "method", "kept", "exact match %", "perplexity", "TTFT", "TPOT", "speed-up")
+COLUMNS = ("ratio", "method", "kept", "exact match %", "perplexity", "TTFT", "TPOT", "speed-up", "memory")
 DUEL_COLUMNS = ("OverFill / pruned", "difference", "OverFill is", "p")
-LEFT = frozenset({"teacher", "method", "variant", "OverFill is"})
+LEFT = frozenset({"teacher", "method", "variant", "OverFill is", "task"})
 """Columns that read as words."""
+DRIFT = 0.1
+"""Relative change of the full model's TPOT between benchmarks that is mentioned."""
+WIDE = frozenset({"memory"})
+"""Columns that a terminal of 80 characters has no room for; what is shipped says its memory in words."""
+
+
+ON_FRONT = "•"
+"""Before a cost: the configuration is on its Pareto front."""
 
 
 @dataclass(frozen=True)
@@ -37,48 +54,78 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    def without(self, columns: frozenset[str]) -> Table:
+        """The table without some columns."""
+        kept = [place for place, column in enumerate(self.columns) if column not in columns]
+        rows = tuple(tuple(row[place] for place in kept) for row in self.rows)
+        return Table(self.title, tuple(self.columns[place] for place in kept), rows)
+
 
 def tables(report: Report) -> list[Table]:
-    """One table per teacher, and the comparison of OverFill with pruned-only when there is one."""
-    teachers = dict.fromkeys(group.teacher for group in report.groups)
-    found = [_teacher_table(teacher, [g for g in report.groups if g.teacher == teacher]) for teacher in teachers]
-    return [*found, _duel_table(report.duels)] if report.duels else found
+    """Per teacher one table, and one of its tasks where there are any; OverFill against pruned-only last."""
+    found: list[Table] = []
+    for teacher in dict.fromkeys(group.teacher for group in report.groups):
+        own = [group for group in report.groups if group.teacher == teacher]
+        found.append(_teacher_table(teacher, own, report))
+        found += [_tasks_table(teacher, own)] if any(group.tasks for group in own) else []
+    return [*found, *([_duel_table(report.duels)] if report.duels else [])]
 
 
 def markdown(report: Report) -> str:
-    """The whole report in Markdown."""
+    """The whole report in Markdown, answers first."""
     parts = [f"# {report.name}", *([report.description.strip()] if report.description.strip() else [])]
+    parts += [str(one) for one in verdicts(report)]
     for table in tables(report):
         parts += [f"## {table.title}", _markdown_table(table)]
-    return "\n\n".join([*parts, *sentences(report)]) + "\n"
+    return "\n\n".join([*parts, *notes(report)]) + "\n"
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The whole report on a terminal."""
+    """The whole report on a terminal, answers first."""
+    for one in verdicts(report):
+        console.print(one.ship, style="bold", markup=False, highlight=False)
+        for label, text in one.lines:
+            _print_indented(console, label, text)
+    if verdicts(report):
+        console.print()
+    for table in tables(report):
+        _print_table(table, console)
+    for note in notes(report):
+        console.print(note, markup=False, highlight=False)
+
+
+def _print_indented(console: Console, label: str, text: str) -> None:
+    from rich.table import Table as RichTable
+
+    grid = RichTable.grid(padding=(0, 2))
+    grid.add_column(min_width=7, style="dim")
+    grid.add_column(overflow="fold")
+    grid.add_row(f"  {label}", text)
+    console.print(grid, markup=False, highlight=False)
+
+
+def _print_table(given: Table, console: Console) -> None:
     from rich import box
     from rich.table import Table as RichTable
 
-    for given in tables(report):
-        table = _narrowed(given)
-        gap = (0, 1) if table is given else (0, 0)  # the lines below a method take more room
-        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False, padding=gap)
-        for column in table.columns:
-            header = column.replace(" ", "\n", 1) if column == "exact match %" else column
-            folds = column in ("method", "ratio")
-            shown.add_column(
-                header,
-                justify="left" if column in LEFT else "right",
-                no_wrap=not folds,
-                overflow="fold",
-                max_width=14 if folds else None,
-            )
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(table.title, style="bold", markup=False, highlight=False)
-        console.print(shown)
-        console.print()
-    for sentence in sentences(report):
-        console.print(sentence, markup=False, highlight=False)
+    table = _narrowed(given if console.width >= 100 else given.without(WIDE))
+    gap = (0, 0) if "variant" in given.columns else (0, 1)  # the lines below a method take more room
+    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False, padding=gap)
+    for column in table.columns:
+        header = column.replace(" ", "\n", 1) if column == "exact match %" else column
+        folds = column in ("method", "ratio") or "/" in column
+        shown.add_column(
+            header,
+            justify="left" if column in LEFT else "right",
+            no_wrap=not folds,
+            overflow="fold",
+            max_width=14 if column in ("method", "ratio") else None,
+        )
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(table.title, style="bold", markup=False, highlight=False)
+    console.print(shown)
+    console.print()
 
 
 def _narrowed(table: Table) -> Table:
@@ -95,148 +142,113 @@ def _narrowed(table: Table) -> Table:
     return Table(table.title, narrowed(table.columns), tuple(narrowed(row) for row in table.rows))
 
 
-def to_json(report: Report) -> str:
-    """A list with one object per cell; what is not a finite number is null."""
-    return rows_to_json(report.rows)
-
-
-def rows_to_json(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A list of objects; what is not a finite number is null."""
-    return json.dumps([_finite(dict(row)) for row in rows], indent=2, allow_nan=False)
-
-
-def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write report.md, report.json and the figures; returns the files.
-
-    Figures are not drawn again when the rows are those of the last time: report.json is written last."""
-    from pipeline.plots import FIGURES, write_plots
-
-    folder.mkdir(parents=True, exist_ok=True)
-    text, rows = folder / REPORT_FILE, folder / ROWS_FILE
-    content = to_json(report) + "\n"
-    write_text(text, markdown(report))
-    figures = [path for name in FIGURES for path in sorted(folder.glob(f"{name}.*"))]
-    if not figures or not rows.is_file() or rows.read_text(encoding="utf-8") != content:
-        figures = write_plots(report.groups, folder)
-        write_text(rows, content)
-    return [text, rows, *figures]
-
-
-def sentences(report: Report) -> list[str]:
-    """What to ship per teacher, and how many cells are still missing."""
-    lines = [_advise(teacher, advice) for teacher, advice in report.to_ship.items()]
-    lines += _conditions(report)
+def notes(report: Report) -> list[str]:
+    """What the numbers are and where they come from, the guidelines, and how many cells are still missing."""
+    fitted = [one for one in report.guidelines if one.fits]
+    told = fitted or sorted(report.guidelines, key=lambda one: one.needed - one.configurations)[:1]
+    lines = [*(guideline_sentence(one) for one in told), *_drift(report)]
+    if any(row["exact_match"] is not None or row["tpot_s"] is not None for row in report.rows):
+        lines.append(_legend(report))
     missing = sum(row["state"] != "done" for row in report.rows)
     if missing:
         lines.append(f"{missing} of {len(report.rows)} cells are not done: `overfill status {report.name}` says why.")
     return lines
 
 
-def _conditions(report: Report) -> list[str]:
-    """What the numbers are: intervals, and where latency was measured."""
-    if all(row["exact_match"] is None and row["tpot_s"] is None for row in report.rows):
-        return []
+def _legend(report: Report) -> str:
     measured = dict.fromkeys(
         "batch {batch}, prompt {prompt}, output {output} on {device}".format(**row["benchmark"])
         for row in report.rows
         if row["benchmark"]
     )
-    latency = f" TTFT and TPOT are medians at {'; '.join(measured)}; speed-up compares TPOT within one process."
-    return [f"kept: share of the full model's parameters; ± and [ ]: 95 % intervals.{latency if measured else ''}"]
+    said = "kept: share of the full model's parameters; ± and [ ]: 95 % intervals over samples and seeds."
+    if any(fit for one in report.guidelines for fit in one.fits):
+        said += " Guideline: P parameters of the full model, k the share kept."
+    if measured:
+        said += f" TTFT and TPOT are medians at {'; '.join(measured)}; speed-up compares TPOT within one process."
+        said += f" {ON_FRONT}: on the Pareto front, nothing else is as accurate and costs less."
+    return said
 
 
-def _advise(teacher: str, advice: Advice) -> str:
-    best, share = advice.best, f"{KEEP_QUALITY:.0%} of the full model's exact match"
-    what = f"{METHOD_NAMES[best.method]} at ratio {best.ratio:g}" + (f" ({best.variant})" if best.variant else "")
-    numbers = f"exact match {_percent(best.exact_match)} % against {100 * advice.full:.1f} %, TPOT "
-    numbers += f"{_seconds(best.mean('tpot_s'))}, {_times(best.mean('speed_up'))} the full model's speed"
-    if not advice.is_faster:
-        return f"{teacher}: ship the full model; no student decodes faster on this device (best: {what}, {numbers})."
-    if advice.keeps_quality:
-        return f"{teacher}: ship {what}, the fastest that keeps {share}: {numbers}."
-    return f"{teacher}: nothing faster keeps {share}; the best is {what}: {numbers}."
+def _drift(report: Report) -> Iterator[str]:
+    """How far the speed of the machine itself moved between the benchmarks, where it shows in the full model's TPOT."""
+    for teacher in report.to_ship:
+        own = [row["full"]["tpot_s"] for row in report.rows if row["teacher"] == teacher and row["full"].get("tpot_s")]
+        if min(own) * (1 + DRIFT) < max(own) and len({group.conditions for group in report.groups}) == 1:
+            yield (
+                f"{teacher}: the full model itself took {seconds(min(own))} to {seconds(max(own))} per token in the "
+                "benchmarks, so this machine's speed drifted: between rows trust the speed-up, not the TPOT."
+            )
 
 
-def _teacher_table(teacher: str, found: Sequence[Group]) -> Table:
+def _teacher_table(teacher: str, found: Sequence[Group], report: Report) -> Table:
     variants, seeds = any(group.variant for group in found), max(len(group.members) for group in found)
     columns = (*COLUMNS[:2], *(("variant",) if variants else ()), *COLUMNS[2:])
-    rows = [_result_row(group, variants) for group in found]
+    rows = tuple(_result_row(group, variants, report) for group in found)
     title = teacher + (f" (mean over {seeds} seeds)" if seeds > 1 else "")
-    return Table(title, columns, tuple(rows))
+    return Table(title, columns, rows)
 
 
-def _result_row(group: Group, variants: bool) -> tuple[str, ...]:
+def _result_row(group: Group, variants: bool, report: Report) -> tuple[str, ...]:
     kept, perplexity = group.mean("parameters_kept"), group.mean("perplexity")
     return (
-        NOTHING if group.method == "full" else f"{group.ratio:g}",
-        METHOD_NAMES[group.method],
-        *((group.variant,) if variants else ()),
+        *_name(group, variants),
         NOTHING if kept is None else f"{kept:.1%}",
-        _percent(group.exact_match),
+        percent(group.exact_match),
         NOTHING if perplexity is None else f"{perplexity:.3f}",
-        _seconds(group.mean("ttft_s")),
-        _seconds(group.mean("tpot_s")),
-        _times(group.mean("speed_up")),
+        seconds(group.mean("ttft_s")),
+        _marked(seconds(group.mean("tpot_s")), group, "tpot_s", report),
+        times(group.mean("speed_up")),
+        _marked(size(cost_of(group, "memory_bytes")), group, "memory_bytes", report),
     )
+
+
+def _name(group: Group, variants: bool) -> tuple[str, ...]:
+    ratio = NOTHING if group.method == "full" else f"{group.ratio:g}"
+    return (ratio, METHOD_NAMES[group.method], *((group.variant,) if variants else ()))
+
+
+def _marked(text: str, group: Group, cost: Cost, report: Report) -> str:
+    place = report.standings.get(cost, {}).get(key(group))
+    return f"{ON_FRONT} {text}" if place is not None and place.dominated_by is None else text
+
+
+def _tasks_table(teacher: str, found: Sequence[Group]) -> Table:
+    tasks = list(dict.fromkeys(task for group in found for task in group.tasks))
+    variants = any(group.variant for group in found)
+    columns = ("ratio", "method", *(("variant",) if variants else ()), *map(task_name, tasks), "average")
+    rows = tuple(
+        (*_name(group, variants), *(percent(group.tasks.get(task)) for task in tasks), percent(group.average))
+        for group in found
+    )
+    return Table(f"{teacher}: tasks, %", columns, rows)
 
 
 def _duel_table(found: Sequence[Duel]) -> Table:
     teachers, variants = len({duel.teacher for duel in found}) > 1, any(duel.variant for duel in found)
-    columns = (*(("teacher",) if teachers else ()), "ratio", *(("variant",) if variants else ()), *DUEL_COLUMNS)
-    rows = tuple(_duel_row(duel, teachers, variants) for duel in found)
-    return Table("OverFill against pruned only: exact match on the same samples, in points", columns, rows)
+    tasks = any(duel.tasks for duel in found)
+    columns = (
+        *(("teacher",) if teachers else ()), "ratio", *(("variant",) if variants else ()),
+        *(("task",) if tasks else ()), *DUEL_COLUMNS,
+    )  # fmt: skip
+    rows = tuple(
+        (
+            *((duel.teacher,) if teachers else ()), f"{duel.ratio:g}", *((duel.variant,) if variants else ()),
+            *((name,) if tasks else ()), *_comparison_row(result),
+        )
+        for duel in found
+        for name, result in [*((task_name(task), one) for task, one in duel.tasks.items()), ("average", duel.comparison)]
+    )  # fmt: skip
+    what = "scores" if tasks else "exact match"
+    return Table(f"OverFill against pruned only: {what} on the same samples, in points", columns, rows)
 
 
-def _duel_row(duel: Duel, teachers: bool, variants: bool) -> tuple[str, ...]:
-    result = duel.comparison
-    return (
-        *((duel.teacher,) if teachers else ()),
-        f"{duel.ratio:g}",
-        *((duel.variant,) if variants else ()),
-        NOTHING if result.ratio is None else f"{_times(result.ratio.value)} {_range(result.ratio, 2)}",
-        f"{100 * result.difference.value:+.1f} {_range(result.difference, 1, 100)}",
-        verdict(result),
-        _p_value(result.p_value),
-    )
-
-
-def verdict(result: Comparison) -> str:
-    """`better`, `worse`, or `within noise` (see `Comparison.within_noise`)."""
-    return "within noise" if result.within_noise else "better" if result.difference.low > 0 else "worse"
-
-
-def _p_value(value: float | None) -> str:
-    """McNemar's; it does not hold over several seeds."""
-    return NOTHING if value is None else "< 0.001" if value < 0.001 else f"{value:.2g}"
-
-
-def _range(interval: Interval, digits: int, scale: float = 1.0) -> str:
-    return f"[{scale * interval.low:.{digits}f}, {scale * interval.high:.{digits}f}]"
-
-
-def _percent(share: Interval | None) -> str:
-    return NOTHING if share is None else f"{100 * share.value:.1f} ± {100 * share.half_width:.1f}"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return NOTHING
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms" if value >= 0.01 else f"{1000 * value:.2f} ms"
-
-
-def _times(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}x"
+def _comparison_row(result: Comparison) -> tuple[str, ...]:
+    ratio = NOTHING if result.ratio is None else f"{times(result.ratio.value)} {span(result.ratio, 2)}"
+    return ratio, points(result.difference), verdict(result), p_value(result.p_value)
 
 
 def _markdown_table(table: Table) -> str:
     marks = [":---" if column in LEFT else "---:" for column in table.columns]
     lines = [table.columns, marks, *table.rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

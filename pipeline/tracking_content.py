@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.curves import Curve
 
 if TYPE_CHECKING:
-    from pipeline.report import Row
+    from pipeline.rows import Row
     from pipeline.sweep import Cell
     from pipeline.watch import CellView, Snapshot, StageView
 

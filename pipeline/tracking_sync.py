@@ -283,8 +283,8 @@ class Sync:
         return found | {"state": "interrupted"} if status == "KILLED" and view.state == "running" else found
 
     def _results(self, view: CellView) -> tuple[list[Value], dict[str, str | Path]]:
-        from pipeline.report import row
-        from pipeline.tables import rows_to_json
+        from pipeline.exports import rows_to_json
+        from pipeline.rows import row
 
         found = row(view.cell, self._sweep.store)
         return final_values(view, found), {
@@ -319,8 +319,9 @@ class Sync:
         done, (when, before) = now.counts["done"], self._reported
         if not final and (done == before or time.monotonic() - when < REPORT_INTERVAL_S):
             return
+        from pipeline.exports import write_report
         from pipeline.report import make_report
-        from pipeline.tables import markdown, write_report
+        from pipeline.tables import markdown
 
         try:
             report = make_report(self._sweep.name, self._sweep.description, self._sweep.cells, self._sweep.store)

@@ -21,6 +21,7 @@ from pipeline.watch import METRICS_FILE
 
 SAMPLES = 200
 TPOT = {"full": 0.004, "overfill": 0.001, "student": 0.00095}
+PEAK = {"full": 4_000_000, "overfill": 5_000_000, "student": 1_000_000}
 TTFT = {"full": 0.040, "overfill": 0.041, "student": 0.012}
 
 
@@ -140,7 +141,8 @@ def _write_latency(stage: Stage, folder: Path) -> dict[str, float | int | str]:
     systems = ("full", "student", "overfill") if "student" in stage.inputs else ("full",)
     rows = [
         {"system": system, "batch": batch, "prompt": 128, "output": 32, "ttft_s": TTFT[system]}
-        | {"tpot_s": TPOT[system] * batch, "tokens_per_s": 1 / TPOT[system], "peak_bytes": 1_000_000}
+        | {"tpot_s": TPOT[system] * batch, "tokens_per_s": 1 / TPOT[system], "peak_bytes": PEAK[system]}
+        | {"tpot_spread_s": [0.9 * TPOT[system] * batch, 1.2 * TPOT[system] * batch]}
         for batch in (1, 8)
         for system in systems
     ]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.groups import Group
 from pipeline.plots import pareto_figure, quality_figure, write_plots
-from pipeline.report import Group
 from pipeline.statistics import wilson
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -15,9 +16,13 @@ from synthetic_store import SAMPLES, TPOT, SyntheticStore, outcomes, toy_cells
 
 from overfill.errors import UserError
 from overfill.shapes import ModelShape
-from pipeline.report import Group, front, make_report, rows
+from pipeline.exports import summary, summary_json, to_csv, to_json, write_report
+from pipeline.groups import Group
+from pipeline.pareto import Budget
+from pipeline.report import make_report
+from pipeline.rows import rows
 from pipeline.statistics import Interval
-from pipeline.tables import markdown, print_report, tables, to_json, write_report
+from pipeline.tables import markdown, print_report, tables
 
 
 @pytest.fixture
@@ -196,6 +201,7 @@ def test_a_report_does_not_load_pandas(synthetic: SyntheticStore) -> None:
 import sys
 from pathlib import Path
 from synthetic_store import Store, toy_cells
+from pipeline.pareto import Budget
 from pipeline.report import make_report
 assert len(make_report("t", "", toy_cells(), Store(Path(sys.argv[1]))).duels) == 1
 print("pandas" in sys.modules)
@@ -232,7 +238,7 @@ def test_written_reports_are_drawn_again_only_for_other_rows(synthetic: Syntheti
     synthetic.finish(cells[0])
     first = write_report(make_report("toy", "", cells, synthetic.store), tmp_path)
     assert {path.name for path in first} == {
-        *("report.md", "report.json", "pareto.png", "pareto.svg", "quality.png", "quality.svg")
+        *("report.md", "summary.json", "report.json", "pareto.png", "pareto.svg", "quality.png", "quality.svg")
     }
     drawn = (tmp_path / "pareto.svg").stat().st_mtime_ns
     write_report(make_report("toy", "", cells, synthetic.store), tmp_path)
@@ -240,12 +246,6 @@ def test_written_reports_are_drawn_again_only_for_other_rows(synthetic: Syntheti
     synthetic.finish(cells[1])
     write_report(make_report("toy", "", cells, synthetic.store), tmp_path)
     assert (tmp_path / "pareto.svg").stat().st_mtime_ns > drawn
-
-
-def test_the_front_keeps_only_what_nothing_else_beats() -> None:
-    points = [(4.0, 0.9), (1.0, 0.5), (2.0, 0.4), (2.0, 0.8), (3.0, 0.8)]
-    assert front(points) == [1, 3, 0]
-    assert front([]) == []
 
 
 def test_a_result_that_cannot_be_read_names_its_file(synthetic: SyntheticStore) -> None:
@@ -260,3 +260,100 @@ def test_a_result_that_cannot_be_read_names_its_file(synthetic: SyntheticStore) 
 def test_a_group_without_a_value_has_no_mean() -> None:
     member = {"seed": 0, "tpot_s": None}
     assert Group("t", 0.5, "", "pruned", (member,), Interval(0.5, 0.4, 0.6)).mean("tpot_s") is None
+
+
+def test_the_terminal_begins_with_what_to_ship_what_it_costs_and_how_sure_that_is(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes({"full": 150, "overfill": 145, "pruned": 90}[cell.method]))
+    console = Console(width=80, file=io.StringIO())
+    print_report(make_report("toy", "", cells, synthetic.store), console)
+    screen = " ".join(" ".join(console.file.getvalue().splitlines()[:24]).split())  # type: ignore[attr-defined]
+    assert screen.startswith(
+        "small: ship OverFill at ratio 0.5, the fastest that keeps 95% of the full model's exact match."
+    )
+    assert "costs TPOT 1.00 ms, 4.00x the full model's speed; TTFT 41.0 ms (full model 40.0 ms); memory 5 MB" in screen
+    assert "exact match 72.5 ± 6.1 % against 75.0 %; on the same samples it keeps 96.7%" in screen
+    assert "not surely 95%; every repetition decoded faster than the full model's fastest" in screen
+    assert "against pruned only +27.5 [21.5, 33.5] points, better" in screen
+    assert "Relative improvement of OverFill over pruned-only, averaged over tasks: +61.1 % [" in screen
+
+
+def test_a_budget_comes_first_and_its_lead_over_the_next_is_tested(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes({"full": 150, "overfill": 145, "pruned": 144}[cell.method]))
+    text = markdown(make_report("toy", "", cells, synthetic.store, Budget(tpot_s=0.002)))
+    assert "Within --max-tpot 2.00 ms: ship small: OverFill at ratio 0.5, the most accurate that fits." in text
+    assert "ahead of small: pruned only at ratio 0.5 (TPOT 0.95 ms) by +0.5 [0.0, 1.5] points, within noise" in text
+
+
+def test_a_budget_that_nothing_fits_says_so_and_still_says_what_to_ship(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes(150))
+    text = markdown(make_report("toy", "", cells, synthetic.store, Budget(tpot_s=1e-6)))
+    assert "Nothing fits --max-tpot 1 µs; the closest is small: pruned only at ratio 0.5 with TPOT 0.95 ms." in text
+    assert "small: ship pruned only at ratio 0.5" in text
+
+
+def test_a_dominated_configuration_is_not_marked_and_rows_say_so(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes({"full": 150, "overfill": 80, "pruned": 90}[cell.method]))
+    report = make_report("toy", "", cells, synthetic.store)
+    places = {row["method"]: row["on_front"] for row in json.loads(to_json(report))}
+    assert places == {
+        "full": {"tpot_s": True, "memory_bytes": True},
+        "overfill": {"tpot_s": False, "memory_bytes": False},
+        "pruned": {"tpot_s": True, "memory_bytes": True},
+    }
+    cells_of = {row[1]: row for row in tables(report)[0].rows}
+    assert "• 0.95 ms" in cells_of["pruned only"]
+    assert "1.00 ms" in cells_of["OverFill"]
+    assert summary(report)["configurations"][1]["dominated_by"]["tpot_s"]["method"] == "pruned"
+
+
+def test_csv_has_a_line_per_cell_and_nested_values_in_dotted_columns(synthetic: SyntheticStore) -> None:
+    cells = toy_cells()
+    synthetic.finish(cells[0])
+    lines = list(csv.DictReader(io.StringIO(to_csv(make_report("toy", "", cells, synthetic.store)))))
+    assert [line["method"] for line in lines] == ["overfill", "pruned"]
+    assert float(lines[0]["exact_match_interval.0"]) < float(lines[0]["exact_match"])
+    assert lines[0]["benchmark.device"] == "test"
+    assert lines[1]["exact_match"] == ""
+
+
+def test_the_summary_is_plain_json_of_every_conclusion(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(ratios=(0.25, 0.5, 0.6, 0.75), methods=("full", "overfill", "pruned"))
+    for cell in cells:
+        synthetic.finish(cell, outcomes({"full": 150, "overfill": 145, "pruned": 90}[cell.method]))
+    found = json.loads(summary_json(make_report("toy", "", cells, synthetic.store, Budget(tpot_s=0.002))))
+    assert found["to_ship"][0]["configuration"]["method"] == "overfill"
+    assert found["relative_improvement"]["relative"]["value"] == pytest.approx(145 / 90 - 1)
+    assert found["within_budget"]["limits"] == {"tpot_s": 0.002, "memory_bytes": None}
+    assert len(found["overfill_against_pruned"]) == 4
+    assert {fit["target"] for fit in found["guidelines"][0]["fits"]} == {"quality", "tpot_s"}
+
+
+def test_a_seed_that_is_not_evaluated_yet_is_left_out_of_the_comparison(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(seeds=(0, 1))
+    for cell in cells:
+        if (cell.method, cell.seed) != ("pruned", 1):
+            synthetic.finish(cell, outcomes(150))
+    report = make_report("toy", "", cells, synthetic.store)
+    assert report.duels[0].comparison.seeds == 1
+    assert report.improvement is not None
+
+
+def test_benchmarks_on_a_machine_whose_speed_drifted_are_called_so(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill"))
+    synthetic.finish(cells[0])
+    TPOT_BEFORE = dict(TPOT)
+    try:
+        TPOT.update({name: 1.5 * value for name, value in TPOT.items()})
+        synthetic.finish(cells[1])
+    finally:
+        TPOT.update(TPOT_BEFORE)
+    text = markdown(make_report("toy", "", cells, synthetic.store))
+    assert "the full model itself took 4.00 ms to 6.00 ms per token in the benchmarks" in text

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.statistics import bootstrap_mean, compare, mcnemar, wilson
+from pipeline.comparison import compare
+from pipeline.statistics import bootstrap_mean, mcnemar, wilson
 
 
 def outcomes(*bits: int) -> dict[int, bool]:
@@ -121,7 +122,7 @@ def test_seeds_that_disagree_widen_the_interval_beyond_that_of_the_samples() -> 
     result = compare(a, b)
     assert result.difference.half_width > 0.1
     assert result.within_noise
-    assert result.p_value is None
+    assert result.p_value > 0.05
 
 
 def test_a_sample_repeated_over_seeds_is_not_new_evidence() -> None:

@@ -1,0 +1,29 @@
+"""The methods of a sweep in the order of a report, in words, and how a plot tells them apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is shown."""
+
+    name: str
+    """In words."""
+    marker: str
+    """Matplotlib's."""
+    line: str
+    """Matplotlib's."""
+    dodge: float = 0.0
+    """Sideways shift in percentage points, so that the bars of two methods at one ratio do not hide each other."""
+
+
+LOOKS = {
+    "full": Look("full model", "*", ":"),
+    "overfill": Look("OverFill", "o", "-"),
+    "pruned": Look("pruned only", "s", "--", 0.5),
+    "scratch": Look("from scratch", "^", "-.", -0.5),
+}
+METHODS = tuple(LOOKS)
+METHOD_NAMES = {method: look.name for method, look in LOOKS.items()}

@@ -1,0 +1,40 @@
+"""The samples behind the numbers: every cell's score on every sample of every task, read from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from pipeline.resampling import Scores
+from pipeline.rows import payload_of
+
+if TYPE_CHECKING:
+    from pipeline.store import Store
+    from pipeline.sweep import Cell
+
+HELD_OUT = "exact_match"
+"""The task that every evaluated cell has: exact match on the held-out part of the corpus."""
+
+CellScores = Mapping[str, Mapping[str, Scores]]
+"""{identity of the cell: {task: {sample: score}}} of every cell that is evaluated."""
+
+
+def read_scores(cells: Iterable[Cell], store: Store) -> dict[str, dict[str, Scores]]:
+    """The scores of every cell that is evaluated."""
+    found: dict[str, dict[str, Scores]] = {}
+    for cell in cells:
+        if cell.identity not in found and (own := _held_out(cell, store)) is not None:
+            found[cell.identity] = {HELD_OUT: own}
+    return found
+
+
+def _held_out(cell: Cell, store: Store) -> Scores | None:
+    import pyarrow.parquet as parquet
+
+    folder = payload_of(cell, store, "evaluate")
+    if folder is None:
+        return None
+    # Not read_table: that loads pyarrow.dataset, which loads pandas, which takes longer than everything else here.
+    with parquet.ParquetFile(folder / "samples.parquet") as file:
+        table = file.read(columns=["sample", "correct"]).to_pydict()
+    return dict(zip(table["sample"], map(float, table["correct"]), strict=True))
