@@ -14,7 +14,7 @@ SOURCES = sorted([*(ROOT / "overfill").rglob("*.py"), *(ROOT / "pipeline").rglob
 ALLOWED = {
     "ray": ("pipeline/cluster.py", "pipeline/tune.py", "pipeline/training/", "pipeline/stages/"),
     "deepspeed": ("pipeline/training/engine.py",),
-    "mlflow": ("pipeline/tracking.py",),
+    "mlflow": ("pipeline/tracking_server.py",),
     "lm_eval": ("pipeline/stages/evaluate.py",),
     "yaml": ("pipeline/config_io.py",),
 }
