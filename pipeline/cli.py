@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from overfill.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.job_server import JobServer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +30,10 @@ Overrides = Annotated[
 ]
 StoreOption = Annotated[str | None, typer.Option("--store", help="Folder of results; $OVERFILL_STORE or ./runs.")]
 Address = Annotated[str | None, typer.Option("--address", help="A running Ray cluster; left out: this machine.")]
+Server = Annotated[
+    str | None, typer.Option("--address", help="The cluster's job server; http://127.0.0.1:8265 when left out.")
+]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's name, or its experiment's.")]
 Continue = Annotated[bool, typer.Option("--continue-stopped", help="Also take up cells that were stopped early.")]
 
 
@@ -202,6 +209,91 @@ def schema() -> None:
     from pipeline.config_io import schema as experiment_schema
 
     typer.echo(json.dumps(experiment_schema(), indent=2))
+
+
+@app.command()
+def submit(
+    file: File,
+    address: Server = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the job's log and end with its exit code.")] = False,
+    overrides: Overrides = None,
+    store: Annotated[
+        str | None, typer.Option("--store", help="Folder of results on the cluster; the cluster file's when left out.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", metavar="NAME", help="Give the job this variable; may be repeated.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job; the experiment's when left out.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster file with our settings; ./cluster.yaml when it is there.")
+    ] = None,
+    manifest: Annotated[
+        str | None, typer.Option(help="Print the job for this system instead of sending it: kuberay.")
+    ] = None,
+) -> None:
+    """Run FILE on a Ray cluster as a job; again: attach to it, or go on after its end."""
+    from pipeline.submission import Request, submit
+
+    request = Request(file, overrides or (), store, name, env or (), cluster)
+    if manifest is not None:
+        from pipeline.manifest import print_manifest
+
+        print_manifest(manifest, request)
+        return
+    console = Console(stderr=True)
+    server, job = submit(request, address, console)
+    if follow:
+        _follow(server, job, console)
+    else:
+        console.print(f"follow it with: overfill logs {job} --follow", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def jobs(address: Server = None) -> None:
+    """The jobs of a cluster, and how much of it is in use."""
+    from pipeline.job_server import JobServer
+    from pipeline.jobs import print_jobs
+
+    print_jobs(JobServer(address), Console())
+
+
+@app.command()
+def logs(
+    job: Job,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends; its exit code.")] = False,
+    address: Server = None,
+) -> None:
+    """Show what a job has said."""
+    from pipeline.job_server import JobServer
+    from pipeline.jobs import find, print_log
+
+    server = JobServer(address)
+    if follow:
+        _follow(server, find(server, job), Console(stderr=True))
+    else:
+        print_log(server, find(server, job))
+
+
+@app.command()
+def stop(job: Job, address: Server = None) -> None:
+    """End a job; what it has done stays, and submitting it again goes on from there."""
+    from pipeline.job_server import JobServer
+    from pipeline.jobs import find
+    from pipeline.jobs import stop as stop_job
+
+    server = JobServer(address)
+    _exit(stop_job(server, find(server, job), Console(stderr=True)))
+
+
+def _follow(server: JobServer, job: str, console: Console) -> None:
+    from pipeline.jobs import follow
+
+    try:
+        code = follow(server, job)
+    except KeyboardInterrupt:
+        console.print(f"no longer following; the job goes on (overfill logs {job} --follow, overfill stop {job})")
+        code = 0
+    _exit(code)
 
 
 def _exit(code: int) -> None:

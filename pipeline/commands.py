@@ -87,7 +87,8 @@ def serve_ui(store: Store, host: str, port: int) -> int:
     """Run the MLflow server on the store's database until it is interrupted; its exit code.
 
     Raises UserError when the port is taken or when there is nothing to show."""
-    from pipeline.tracking import mask_uri, tracking_uri, ui_command
+    from pipeline.masking import mask_uri
+    from pipeline.tracking import tracking_uri, ui_command
 
     if "MLFLOW_TRACKING_URI" in os.environ and tracking_uri(store.root).startswith("http"):
         raise UserError(f"MLFLOW_TRACKING_URI = {mask_uri(tracking_uri(store.root))}: a server runs there; open it")

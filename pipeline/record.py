@@ -18,6 +18,8 @@ from pipeline.fingerprint import digest_file
 
 FORMAT = 1
 RECORD_FILE = "record.json"
+COMMIT_VARIABLE = "OVERFILL_COMMIT"
+"""What the source was made of, where it runs outside its repository: set by whoever sends it there."""
 LIBRARIES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic",
     "ray", "deepspeed", "mlflow", "datasets", "pyarrow", "lm_eval",
@@ -144,7 +146,9 @@ def libraries() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def source_commit() -> str | None:
-    """Commit of the repository this file is in, `+` behind it when tracked files have changes; None without one."""
+    """Commit of the repository this file is in, `+` behind it when tracked files have changes; None without one.
+
+    A copy that was sent to a cluster knows it from `$OVERFILL_COMMIT`."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str | None:
@@ -156,7 +160,7 @@ def source_commit() -> str | None:
 
     # Installed in a virtual environment inside some other project, that project's commit would say nothing of us.
     if git("ls-files", "--error-unmatch", Path(__file__).name) is None or (commit := git("rev-parse", "HEAD")) is None:
-        return None
+        return os.environ.get(COMMIT_VARIABLE)
     return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -64,6 +64,19 @@ def expand(config: ExperimentConfig, where: str) -> list[Cell]:
 
     `where` names the file in errors. Raises UserError for an axis whose path or value does not fit."""
     cells: dict[str, Cell] = {}
+    for axes, cell_config in cell_configs(config, where):
+        cell = _cell(len(cells), axes, cell_config)
+        cells.setdefault(cell.identity, cell)
+    return list(cells.values())
+
+
+def outline(config: ExperimentConfig, where: str) -> list[Cell]:
+    """The cells without their stages: what can be said of them where the corpus' files are not, equal ones repeated."""
+    return [_cell(number, *drawn, staged=False) for number, drawn in enumerate(cell_configs(config, where))]
+
+
+def cell_configs(config: ExperimentConfig, where: str) -> Iterator[tuple[dict[str, Any], ExperimentConfig]]:
+    """(axes, config) of every combination of axes and seeds. Raises UserError as `expand` does."""
     for axes in combinations(config.sweep):
         values = config.model_dump(mode="python", exclude_unset=True)
         values.pop("sweep", None)
@@ -71,9 +84,7 @@ def expand(config: ExperimentConfig, where: str) -> list[Cell]:
             values = with_value(values, path, value, f"{where}: sweep.axes.{path}")
         for seed in _seeds(config):
             here = f"{where}: in the cell {_describe(axes)}"
-            cell = _cell(len(cells), axes, validate(ExperimentConfig, {**values, "seed": seed}, here))
-            cells.setdefault(cell.identity, cell)
-    return list(cells.values())
+            yield axes, validate(ExperimentConfig, {**values, "seed": seed}, here)
 
 
 def _seeds(config: ExperimentConfig) -> tuple[int, ...]:
@@ -102,7 +113,7 @@ def _draw(values: tuple[Any, ...] | RangeConfig, source: random.Random) -> Any:
     return round(source.uniform(*values.uniform), 4)
 
 
-def _cell(index: int, axes: Mapping[str, Any], config: ExperimentConfig) -> Cell:
+def _cell(index: int, axes: Mapping[str, Any], config: ExperimentConfig, staged: bool = True) -> Cell:
     method, teacher = config.distill.method, config.teacher.label
     shape = teacher_shape(config)
     widths = None if method == "full" else cell_widths(config, shape)
@@ -120,7 +131,7 @@ def _cell(index: int, axes: Mapping[str, Any], config: ExperimentConfig) -> Cell
         seed=None if widths is None else config.seed,
         shape=shape,
         widths=widths,
-        stages=tuple(cell_stages(config, shape)),
+        stages=tuple(cell_stages(config, shape)) if staged else (),
     )
 
 

@@ -15,11 +15,9 @@ at their end state is recognised from the ledger in the store alone.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -27,8 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from pipeline.masking import mask_text, mask_uri
 from pipeline.record import source_commit
 from pipeline.tracking_sync import Ledger, Sweep, Sync
 
@@ -44,26 +42,6 @@ INTERVAL_S = 5.0
 LONGEST_INTERVAL_S = 120.0
 FLUSH_S = 60.0
 """Longest wait for the server when a run ends."""
-_SECRET = re.compile(r"(?i)([?&;][^=&;]*(?:password|passwd|secret|token|key|credential)[^=&;]*=)[^&;]+")
-
-
-def mask_uri(uri: str) -> str:
-    """The URI without user names, passwords, and secrets in its query: for logs, files and the screen."""
-    scheme, separator, rest = uri.partition("://")
-    place, mark, query = rest.partition("?")
-    # Up to the last @, since passwords hold unescaped @ and / often enough; a file's path has no user in front.
-    if "@" in place and not place.startswith("/"):
-        uri = f"{scheme}{separator}***@{place.rpartition('@')[2]}{mark}{query}"
-    return _SECRET.sub(r"\1***", uri)
-
-
-def mask_text(text: str, uri: str) -> str:
-    """`text` (an error message) without the secrets of `uri`."""
-    text = text.replace(uri, mask_uri(uri))
-    with contextlib.suppress(ValueError):  # not a URI that Python can take apart: replaced as a whole above
-        password = urlsplit(uri).password
-        text = text.replace(password, "***") if password else text
-    return re.sub(r"(://)[^\s/@]+@", r"\1***@", text)
 
 
 def tracking_uri(store_root: Path) -> str:

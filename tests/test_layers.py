@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "overfill").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
 
 ALLOWED = {
-    "ray": ("pipeline/cluster.py", "pipeline/tune.py", "pipeline/training/", "pipeline/stages/"),
+    "ray": (
+        *("pipeline/cluster.py", "pipeline/tune.py", "pipeline/training/", "pipeline/stages/"),
+        *("pipeline/job_server.py", "pipeline/jobs.py"),
+    ),
     "deepspeed": ("pipeline/training/engine.py",),
     "mlflow": ("pipeline/tracking_server.py",),
     "lm_eval": ("pipeline/stages/evaluate.py",),

@@ -18,9 +18,10 @@ import pytest
 from synthetic_store import SyntheticStore, outcomes, toy_cells
 
 from pipeline.build import Build
+from pipeline.masking import mask_uri
 from pipeline.stage import Stage
 from pipeline.sweep import Cell
-from pipeline.tracking import Tracker, mask_uri, tracking_uri
+from pipeline.tracking import Tracker, tracking_uri
 from pipeline.tracking_server import MlflowServer
 
 pytestmark = pytest.mark.integration

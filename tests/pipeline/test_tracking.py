@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from synthetic_store import SyntheticStore, outcomes, toy_cells
 
+from pipeline.masking import mask_text, mask_uri
 from pipeline.stage import Stage
 from pipeline.sweep import Cell
-from pipeline.tracking import Tracker, mask_text, mask_uri, tracking_uri, ui_command
+from pipeline.tracking import Tracker, tracking_uri, ui_command
 from pipeline.tracking_content import Value
 from pipeline.tracking_server import without_login
 from pipeline.tracking_sync import KEY_TAG, Known, Ledger, Sweep, Sync
