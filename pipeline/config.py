@@ -207,6 +207,8 @@ class ResourcesConfig(Frozen):
     """Latency; it runs alone on its device."""
     max_concurrent: Count | None = None
     """Cells that run at once; empty takes as many as the cluster's CPUs and GPUs allow."""
+    grace_s: Annotated[float, Field(ge=0.0)] = 30.0
+    """Seconds that running stages have to save their position after Ctrl-C or SIGTERM; 0 ends at once."""
 
 
 class ObjectiveConfig(Frozen):

@@ -26,6 +26,7 @@ from pipeline.sweep import Cell, expand
 
 if TYPE_CHECKING:
     from pipeline.cluster import Capacity
+    from pipeline.interruption import Interruption
     from pipeline.tune import Outcome
 
 DEFAULT_STORE = "./runs"
@@ -124,7 +125,9 @@ def keep_experiment(experiment: Experiment, store: Store) -> Path:
 def run_missing(
     experiment: Experiment, store: Store, address: str | None, console: Console, continue_stopped: bool = False
 ) -> list[Outcome]:
-    """Run what is missing of the experiment, on a cluster at `address` or on this machine."""
+    """Run what is missing of the experiment, on a cluster at `address` or on this machine.
+
+    Raises KeyboardInterrupt when it was asked to end before all was done."""
     from pipeline.cluster import check_fits, connected
     from pipeline.progress import Progress
     from pipeline.tracking import Tracker
@@ -134,11 +137,28 @@ def run_missing(
         check_fits(experiment.config)
         stack.enter_context(Tracker(store, experiment.config, experiment.cells))
         stack.enter_context(Progress(store, experiment.cells, console))
-        return _accuracy_then_latency(experiment, store, has, continue_stopped)
+        interruption = stack.enter_context(_interruption(experiment, store, console))
+        outcomes = _accuracy_then_latency(experiment, store, has, interruption, continue_stopped)
+        if interruption.requested() and not is_done(experiment, store):
+            raise KeyboardInterrupt
+        return outcomes
+
+
+def _interruption(experiment: Experiment, store: Store, console: Console) -> Interruption:
+    from pipeline.interruption import Interruption
+    from pipeline.progress import running_stages
+    from pipeline.watch import snapshot
+
+    return Interruption(
+        store.root / "tune",
+        experiment.config.resources.grace_s,
+        waiting_for=lambda: running_stages(snapshot(store, experiment.cells)),
+        say=lambda text: console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True),
+    )
 
 
 def _accuracy_then_latency(
-    experiment: Experiment, store: Store, has: Capacity, continue_stopped: bool
+    experiment: Experiment, store: Store, has: Capacity, interruption: Interruption, continue_stopped: bool
 ) -> list[Outcome]:
     """All cells up to their accuracy, then the latency of those that got there.
 
@@ -152,9 +172,11 @@ def _accuracy_then_latency(
             cell for cell in experiment.cells if cell.index not in outcomes or outcomes[cell.index].state == "done"
         ]
         missing = [cell for cell in alive if store.record(cell.stage(leaf)) is None]
-        if missing:
+        if missing and not interruption.requested():
             at_once = concurrent_cells(config, has, len(missing))
             asha = config.sweep.asha if leaf == "evaluate" else None  # nothing is trained for a latency
-            found = run_cells(missing, store.root, config.resources, at_once, (leaf,), asha, continue_stopped)
+            found = run_cells(
+                missing, store.root, config.resources, at_once, (leaf,), interruption.flag, asha, continue_stopped
+            )
             outcomes |= {outcome.cell: outcome for outcome in found}
     return list(outcomes.values())

@@ -132,6 +132,13 @@ def title(stage: StageView, now: Snapshot) -> str:
     return users[0].cell.label if users else stage.label
 
 
+def running_stages(now: Snapshot) -> list[str]:
+    """What runs, in words: `distill small · 0.5 · overfill · seed 0 (step 40/600)`."""
+    running = [stage for stage in now.stages.values() if stage.state == "running"]
+    steps = [f" (step {stage.step}/{stage.steps})" if stage.steps else "" for stage in running]
+    return [f"{stage.name} {title(stage, now)}{step}" for stage, step in zip(running, steps, strict=True)]
+
+
 def live_view(now: Snapshot) -> Group:
     """The lines at the bottom of the terminal."""
     table = Table.grid(padding=(0, 1))

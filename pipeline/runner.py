@@ -43,6 +43,18 @@ class StageFailed(Exception):
         return type(self), (self.stage, self.cause, self.log)
 
 
+class StageInterrupted(Exception):
+    """This run was asked to end; the next one goes on with the stage."""
+
+    def __init__(self, stage: Stage, reason: str) -> None:
+        super().__init__(f"{stage} was interrupted: {reason}")
+        self.stage = stage
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.stage, self.reason)
+
+
 class StageStopped(Stopped):
     """The scheduler has stopped a stage, now or in an earlier run."""
 
@@ -66,7 +78,7 @@ class RunContext:
     resources: Mapping[str, Any] = field(default_factory=dict)
     """Stage name -> what its function gets as `run.resources`."""
     stop_requested: Callable[[], bool] = lambda: False
-    """Whether the scheduler wants this run to stop; the stage's function asks."""
+    """Whether this run shall end; the stage's function asks, and what it had to leave is interrupted, not stopped."""
     on_start: Callable[[Stage, Action], None] = _ignore
     """A stage begins, by this action (Run or Resume)."""
     on_done: Callable[[Stage, Record], None] = _ignore
@@ -91,7 +103,8 @@ def run_graph(
     """Build what is missing of the targets, and return their records by identity.
 
     `targets` are by default those of `stages` that no other is made from. Raises StageFailed (a function raised, here
-    or meanwhile in another process), StageStopped (by the scheduler) and AlteredArtifact (a needed one is damaged)."""
+    or meanwhile in another process), StageStopped (by the scheduler), StageInterrupted (this run shall end) and
+    AlteredArtifact (a needed one is damaged)."""
     context = context or RunContext()
     targets = sinks(stages) if targets is None else list(targets)
     told: set[tuple[str, str]] = set()
@@ -105,6 +118,8 @@ def run_graph(
         if ready and not explain:
             explain = True
         elif ready:
+            if context.stop_requested():
+                raise StageInterrupted(ready[0].stage, "before it began")
             _execute(ready[0], facts[ready[0].stage.identity], store, context, told)
         elif all(action.kind == "reuse" for action in actions):
             return {stage.identity: _finished(store, stage) for stage in targets}
@@ -140,7 +155,7 @@ def _tell(actions: Sequence[Action], store: Store, context: RunContext, told: se
 def _wait(actions: Sequence[Action], context: RunContext) -> None:
     if context.stop_requested():
         waiting = next(action for action in actions if action.kind == "wait")
-        raise StageStopped(waiting.stage, f"while it waited: {waiting.reason}")
+        raise StageInterrupted(waiting.stage, f"while it waited: {waiting.reason}")
     time.sleep(context.poll)
 
 
@@ -180,15 +195,19 @@ def _attempt(build: Build, store: Store, context: RunContext, handler: logging.H
             _log_traceback(handler, stage, error)
             build.interrupt(f"another process has taken over: {_cause(error)}")
             return None
-        raise _ended(build, handler, error) from error
+        raise _ended(build, context, handler, error) from error
     except BaseException as end:
         _log_traceback(handler, stage, end)
         build.interrupt(f"ended by {type(end).__name__}")
         raise
 
 
-def _ended(build: Build, handler: logging.Handler, error: Exception) -> StageStopped | StageFailed:
+def _ended(build: Build, context: RunContext, handler: logging.Handler, error: Exception) -> Exception:
     """Write down how the function ended, and give what to raise."""
+    if isinstance(error, Stopped) and context.stop_requested():
+        reason = f"asked to end: {_one_line(error)}"
+        build.interrupt(reason)
+        return StageInterrupted(build.stage, reason)
     if isinstance(error, Stopped):
         reason = _one_line(error) or "stopped by the scheduler"
         build.stop(reason)

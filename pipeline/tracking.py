@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
+from pipeline.interruption import EndNow
 from pipeline.masking import mask_text, mask_uri
 from pipeline.record import source_commit
 from pipeline.tracking_sync import Ledger, Sweep, Sync
@@ -42,6 +43,8 @@ INTERVAL_S = 5.0
 LONGEST_INTERVAL_S = 120.0
 FLUSH_S = 60.0
 """Longest wait for the server when a run ends."""
+HURRY_S = 10.0
+"""The same when the user has asked for the end."""
 
 
 def tracking_uri(store_root: Path) -> str:
@@ -95,6 +98,11 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and issubclass(kind, EndNow):
+            self._end.set()  # nobody waits: the next run says what is missing
+            return
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._flush = min(self._flush, HURRY_S)
         self.close()
 
     def close(self) -> None:

@@ -26,10 +26,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from overfill.errors import UserError
 from pipeline.config import AshaConfig, ResourcesConfig
 from pipeline.curves import Curve
-from pipeline.runner import RunContext, StageFailed, StageStopped, run_graph
+from pipeline.runner import RunContext, StageFailed, StageInterrupted, StageStopped, run_graph
 from pipeline.store import AlteredArtifact, Store
 from pipeline.sweep import Cell
-from pipeline.training.resources import STOP_FILE
+from pipeline.training.resources import STOP_FILE, StopFile
 
 RUNG_METRIC = "validation/nll"
 """What successive halving compares; smaller is better."""
@@ -42,9 +42,9 @@ class Outcome:
 
     cell: int
     """Index of the cell."""
-    state: Literal["done", "failed", "stopped"]
+    state: Literal["done", "failed", "stopped", "interrupted"]
     reason: str = ""
-    """One line: why it failed or was stopped."""
+    """One line: why it is not done."""
     log: str = ""
     """The file with the whole story of a failure."""
 
@@ -60,6 +60,8 @@ class _Job:
     continue_stopped: bool
     since: float
     leaves: tuple[str, ...]
+    interrupt: Path
+    """A file that appears when all shall end."""
 
 
 def run_cells(
@@ -68,12 +70,15 @@ def run_cells(
     resources: ResourcesConfig,
     concurrent: int,
     leaves: tuple[str, ...],
+    interrupt: Path,
     asha: AshaConfig | None = None,
     continue_stopped: bool = False,
 ) -> list[Outcome]:
-    """Run every cell up to its stages of the names `leaves`; a failing one does not take the others with it."""
+    """Run every cell up to its stages of the names `leaves`; a failing one does not take the others with it.
+
+    When the file `interrupt` appears, what runs saves its position and ends, and the rest does not begin."""
     by_index = {cell.index: cell for cell in cells}
-    job = _Job(by_index, store_root, resources, asha, continue_stopped, time.time(), leaves)
+    job = _Job(by_index, store_root, resources, asha, continue_stopped, time.time(), leaves, interrupt)
     # A sliver of the head node: a trial only waits, and must not be on a node that may be taken away.
     place = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     tuner = tune.Tuner(
@@ -102,7 +107,12 @@ def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
     store = Store(job.store_root)
     resources = {name: getattr(job.resources, name) for name in ResourcesConfig.model_fields}
     resources["tokenizer"] = resources["data"]
-    context = RunContext(resources=resources, continue_stopped=job.continue_stopped, since=job.since)
+    context = RunContext(
+        resources=resources,
+        stop_requested=StopFile(job.interrupt),
+        continue_stopped=job.continue_stopped,
+        since=job.since,
+    )
     done = threading.Event()
     reporter = threading.Thread(target=_report_curve, args=(cell, store, done), daemon=True)
     if job.asha is not None:
@@ -123,6 +133,8 @@ def _run(cell: Cell, store: Store, context: RunContext, leaves: tuple[str, ...])
         return Outcome(cell.index, "failed", f"{failure.stage.name}: {failure.cause}", str(failure.log))
     except StageStopped as stopped:
         return Outcome(cell.index, "stopped", f"{stopped.stage.name}: {stopped.reason}")
+    except StageInterrupted as interrupted:
+        return Outcome(cell.index, "interrupted", f"{interrupted.stage.name}: {interrupted.reason}")
     except (AlteredArtifact, UserError) as error:
         return Outcome(cell.index, "failed", str(error))
     return Outcome(cell.index, "done")

@@ -20,5 +20,5 @@ def metrics_of(result: dict[str, Any]) -> Metrics:
     if USER_ERROR in result:
         raise UserError(result[USER_ERROR])
     if result.get(STOPPED):
-        raise Stopped(f"stopped after step {result['step']}; the step checkpoint is kept")
+        raise Stopped(f"stopped after step {result['step']}")
     return result[METRICS]

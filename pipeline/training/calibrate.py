@@ -56,6 +56,8 @@ def measure_in(run: StageRun, resources: StageResources, place: Place) -> dict[s
     call, model = frozen_engine(full, settings, place.device)
     with ImportanceAccumulator(model, config.across, forward=call) as importance:
         for number, (tokens, mask) in enumerate(batches, start=1):
+            if place.code_from_first(run.stop_requested()):
+                return {"metrics": {}, "stopped": True, "step": number - 1}
             importance.update(tokens.to(place.device), mask.to(place.device))
             if place.first:
                 read = place.workers * number * settings.micro_batch

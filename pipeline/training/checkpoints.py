@@ -42,6 +42,8 @@ class Position:
     """The step at which it was measured."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The latest value of every metric."""
+    pending: dict[str, list[float]] = field(default_factory=dict)
+    """[sum, count] of every loss term since the last line of metrics, over all workers."""
 
 
 def new_name(step: int) -> str:

@@ -25,7 +25,14 @@ from pipeline.training.validation import validation_nll
 MOST_STEPS_BETWEEN_LINES = 10
 LINES_AT_LEAST = 50
 
+GO_ON, STOP, LEAVE = range(3)
+"""What rank 0 says after every step: nothing, that the run is asked to stop, that a node is being taken away."""
+
 log = logging.getLogger(__name__)
+
+
+class NodeReclaimed(Exception):
+    """A node of this run is being taken away; the position is saved, and the run goes on elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class Update:
 
 
 def train(session: Session, start: Position) -> Outcome:
-    """Train from `start` to the last step, or until the run is asked to stop. A collective over all workers."""
+    """Train from `start` to the last step, or until the run is asked to stop. A collective over all workers.
+
+    Raises NodeReclaimed, with the position saved, when a worker's node is being taken away."""
     steps, position, saved = session.plan.steps, start, start.step
     recorder = Recorder(session, start)
     for rows in session.services.stream(session.plan, start.step):
@@ -48,22 +57,31 @@ def train(session: Session, start: Position) -> Outcome:
         position = replace(position, step=rows.step + 1, tokens=position.tokens + tokens)
         recorder.count(tokens)
         last = position.step == steps
-        stop = False
         if last or _due(position.step, line_every(steps)):
             recorder.write_line(position, update)
-            stop = not last and session.place.from_first(session.run.stop_requested())
+        request = GO_ON if last else _request(session)
         with recorder.pause():
             if last or _due(position.step, session.config.evaluate_every):
                 position = recorder.write_validation(position, validation_nll(session))
-            if last or stop or _due(position.step, session.resources.checkpoint_every):
-                position = replace(position, metrics=recorder.latest)
+            if last or request != GO_ON or _due(position.step, session.resources.checkpoint_every):
+                position = replace(position, metrics=recorder.latest, pending=recorder.sums.totals())
                 _checkpoint(session, position)
                 saved = position.step
-        if stop:
+        if request == LEAVE:
+            raise NodeReclaimed(f"a node is being taken away; step {position.step} is saved")
+        if request == STOP:
             break
     if saved != position.step:
         raise RuntimeError(f"training ended at step {position.step} without a checkpoint of it")
     return Outcome(position, stopped=position.step < steps)
+
+
+def _request(session: Session) -> int:
+    """What is asked of the run, as rank 0 sees it. A collective."""
+    code = GO_ON
+    if session.place.first:
+        code = STOP if session.run.stop_requested() else LEAVE if session.services.reclaimed() else GO_ON
+    return session.place.code_from_first(code)
 
 
 def optimize(session: Session, rows: StepRows, sums: LossSums) -> Update:
@@ -103,7 +121,7 @@ class Recorder:
     """The metrics of a run: accumulated on every worker, written by rank 0."""
 
     def __init__(self, session: Session, start: Position) -> None:
-        self.sums = LossSums(session.place)
+        self.sums = LossSums(session.place, start.pending)
         self.latest = start.metrics
         self._session = session
         self._rate = Rate()

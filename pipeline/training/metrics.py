@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -13,11 +14,13 @@ TERMS = ("loss", "kl", "kv", "ce")
 
 
 class LossSums:
-    """Sums and counts of loss terms since the last `means`."""
+    """Sums and counts of loss terms since the last `means`; at first those of `pending`, which rank 0 takes over."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, pending: Mapping[str, list[float]]) -> None:
         self._place = place
         self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=place.device)
+        for name, pair in pending.items() if place.first else ():
+            self._sums[TERMS.index(name)] = torch.tensor(pair, dtype=torch.float64)
 
     def add(self, terms: LossTerms) -> None:
         """Add a micro-batch. Nothing is copied from the device."""
@@ -27,11 +30,16 @@ class LossSums:
                 self._sums[row, 0] += total.detach()
                 self._sums[row, 1] += count
 
+    def totals(self) -> dict[str, list[float]]:
+        """[sum, count] of every term that was counted, over all workers. A collective."""
+        sums = self._place.sum(self._sums.clone()).tolist()
+        return {name: pair for name, pair in zip(TERMS, sums, strict=True) if pair[1] > 0}
+
     def means(self) -> dict[str, float]:
         """Mean per token of every term that was counted, over all workers; starts anew. A collective."""
-        sums = self._place.sum(self._sums).tolist()
+        totals = self.totals()
         self._sums.zero_()
-        return {name: total / count for name, (total, count) in zip(TERMS, sums, strict=True) if count > 0}
+        return {name: total / count for name, (total, count) in totals.items()}
 
 
 class Rate:

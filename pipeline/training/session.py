@@ -29,6 +29,15 @@ def report_to_ray(position: Position, folder: Path) -> None:
     )
 
 
+def node_is_reclaimed() -> bool:
+    """Whether Ray has told this worker that a node of its group is being taken away.
+
+    Ray's public `get_preemption_info` says the same through a barrier over all workers; every worker is told alike."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
 @dataclass(frozen=True)
 class Services:
     """What Ray does for the loop. Other functions make a run in one process, without Ray."""
@@ -37,6 +46,8 @@ class Services:
     """(plan, first step) -> the steps from there on."""
     report: Callable[[Position, Path], None] = report_to_ray
     """Called on every worker when a step checkpoint is complete."""
+    reclaimed: Callable[[], bool] = node_is_reclaimed
+    """Whether a node is about to be taken away; asked after every step."""
 
 
 @dataclass(frozen=True)

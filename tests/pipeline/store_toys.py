@@ -69,7 +69,7 @@ def steps(run: StageRun) -> dict[str, int]:
         folder = run.progress / run.stage.identity / f"step-{step:08d}-abcdef"
         folder.mkdir(parents=True)
         (folder / "complete.json").write_text("{}")
-        if run.stop_requested():
+        if run.stop_requested() or step == (run.resources or {}).get("stop_at"):
             raise Stopped(f"stopped at step {step}")
         if step == (run.resources or {}).get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)

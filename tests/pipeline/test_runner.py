@@ -23,7 +23,7 @@ from overfill.errors import UserError
 from pipeline.build import Build
 from pipeline.record import read_json
 from pipeline.resume import Facts
-from pipeline.runner import RunContext, StageFailed, StageStopped, run_graph
+from pipeline.runner import RunContext, StageFailed, StageInterrupted, StageStopped, run_graph
 from pipeline.stage import External, StageRun, Stopped
 from pipeline.store import Store
 
@@ -187,7 +187,7 @@ def test_ctrl_c_keeps_progress_and_gives_the_lease_back(store: Store, monkeypatc
 def test_a_stop_keeps_the_position_publishes_nothing_and_stays_stopped_until_continued(store: Store):
     stage = toy(does="steps")
     with pytest.raises(StageStopped) as raised:
-        run_graph([stage], store, RunContext(stop_requested=lambda: True))
+        run_graph([stage], store, RunContext(resources={"teacher": {"stop_at": 1}}))
     assert (raised.value.stage, raised.value.reason) == (stage, "stopped at step 1")
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
     assert (store.status(stage).state, store.record(stage)) == ("stopped", None)
@@ -197,6 +197,26 @@ def test_a_stop_keeps_the_position_publishes_nothing_and_stays_stopped_until_con
     record = run_graph([stage], store, RunContext(continue_stopped=True))[stage.identity]
     assert record.metrics == {"first": 1}
     assert store.status(stage).state == "done"
+
+
+def test_what_had_to_end_with_its_run_is_interrupted_and_the_next_run_goes_on_by_itself(store: Store):
+    stage = toy(does="steps")
+    begun = (store.progress(stage) / "metrics.jsonl").exists
+    with pytest.raises(StageInterrupted) as raised:
+        run_graph([stage], store, RunContext(stop_requested=begun))
+    assert (raised.value.stage, raised.value.reason) == (stage, "asked to end: stopped at step 1")
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+    status = store.status(stage)
+    assert (status.state, status.error) == ("interrupted", "asked to end: stopped at step 1")
+    assert run_graph([stage], store)[stage.identity].metrics == {"first": 1}
+
+
+def test_a_run_that_shall_end_begins_nothing(store: Store, journal: Path):
+    teacher, distill, _ = chain()
+    done = (store.payload(teacher) / "record.json").exists
+    with pytest.raises(StageInterrupted, match="before it began"):
+        run_graph([distill], store, context(journal, stop_requested=done))
+    assert built(journal) == ["teacher"]
 
 
 def test_a_run_that_is_killed_resumes_from_its_step_checkpoint_at_once(store: Store):
@@ -286,7 +306,7 @@ def test_a_waiter_can_be_stopped(store: Store):
     stage = toy()
     build = Build.begin(store, stage, Facts())
     assert build is not None
-    with pytest.raises(StageStopped, match=r"while it waited: process \d+ on .* is building it"):
+    with pytest.raises(StageInterrupted, match=r"while it waited: process \d+ on .* is building it"):
         run_graph([stage], store, context(stop_requested=lambda: True))
     build.release()
 

@@ -24,7 +24,16 @@ def cells() -> list[Any]:
 
 def scheduler(cells: list[Any], root: Any) -> CooperativeAsha:
     asha = AshaConfig(grace_steps=10, reduction=2)
-    job = _Job({cell.index: cell for cell in cells}, root, ResourcesConfig(), asha, False, 0.0, ("evaluate",))
+    job = _Job(
+        {cell.index: cell for cell in cells},
+        root,
+        ResourcesConfig(),
+        asha,
+        False,
+        0.0,
+        ("evaluate",),
+        root / "interrupt",
+    )
     return CooperativeAsha(asha, job)
 
 

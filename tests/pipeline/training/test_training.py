@@ -26,6 +26,7 @@ from pipeline.training import checkpoints
 from pipeline.training.deepspeed_config import EngineSettings
 from pipeline.training.distributed import Place
 from pipeline.training.engine import WEIGHT, StudentEngine
+from pipeline.training.loop import NodeReclaimed
 from pipeline.training.schedule import learning_rate
 from pipeline.training.session import Services, steps_root
 from pipeline.training.stream import StepRows, StreamPlan
@@ -198,6 +199,43 @@ def test_a_run_that_is_asked_to_stop_saves_its_position_and_publishes_nothing(
     assert (result["stopped"], result["step"]) == (True, 1)
     assert not any(run.staging.iterdir())
     assert train(run, one_worker)["stopped"] is False
+    assert_same(weights(run), by_hand(run), tolerance=2e-5)
+
+
+def test_a_stop_between_two_lines_leaves_the_same_curve_as_no_stop(
+    tmp_path: Path, inputs: dict[str, Path], one_worker: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.training.loop.line_every", lambda steps: 4)
+    unbroken = distill_run(tmp_path / "unbroken", inputs)
+    train(unbroken, one_worker)
+    stopped = distill_run(tmp_path / "stopped", inputs)
+    seen: list[tuple[int, list[list[int]]]] = []
+    services = dataclasses.replace(WITHOUT_RAY, stream=recording(seen))
+    for step in (2, 7):
+        asked = dataclasses.replace(stopped, stop_requested=lambda step=step: len(seen) == step)
+        assert train(asked, one_worker, services)["step"] == step, "it stops after the very step"
+    train(stopped, one_worker, services)
+    assert [step for step, _ in seen] == list(range(12)), "each step once"
+    assert curve(stopped) == curve(unbroken)
+    assert_same(weights(stopped), weights(unbroken))
+
+
+def curve(run: StageRun) -> list[tuple[int, int, dict[str, float]]]:
+    """(step, tokens, metrics) of every line, without the rate."""
+    found = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    for line in found:
+        line["metrics"].pop("train/tokens_per_second", None)
+    return [(line["step"], line["tokens"], line["metrics"]) for line in found]
+
+
+def test_a_node_that_is_taken_away_loses_no_step(tmp_path: Path, inputs: dict[str, Path], one_worker: Place) -> None:
+    run = distill_run(tmp_path, inputs)
+    seen: list[tuple[int, list[list[int]]]] = []
+    services = dataclasses.replace(WITHOUT_RAY, stream=recording(seen))
+    with pytest.raises(NodeReclaimed, match="step 5 is saved"):
+        train(run, one_worker, dataclasses.replace(services, reclaimed=lambda: len(seen) == 5))
+    train(run, one_worker, services)
+    assert [step for step, _ in seen] == list(range(12))
     assert_same(weights(run), by_hand(run), tolerance=2e-5)
 
 

@@ -1,0 +1,82 @@
+"""Ctrl-C and SIGTERM: the first asks a run to end, the second ends it.
+
+Asked, a run makes a file that the trials of all its cells look for, wherever they are. A stage that trains sees it
+after the step it is in, writes a step checkpoint and ends; one that cannot save its position is cancelled. What was
+being built counts as interrupted, so the next run goes on with it by itself. The driver waits for all this for a grace
+period and says for what. At its end, or at a second signal, KeyboardInterrupt goes through the driver as it always
+did: workers end with it, and what they had not saved is lost, as in a crash, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class EndNow(KeyboardInterrupt):
+    """The user does not want to wait, or has waited long enough."""
+
+
+class Interruption:
+    """While it is entered, in the main thread, signals are requests."""
+
+    def __init__(
+        self, folder: Path, grace_s: float, waiting_for: Callable[[], Sequence[str]], say: Callable[[str], None]
+    ) -> None:
+        self.flag = folder / f"interrupt-{uuid.uuid4().hex[:12]}"
+        """The file that says that this run shall end; it is gone when the run is."""
+        self._grace_s = grace_s
+        self._waiting_for = waiting_for
+        self._say = say
+        self._asked = threading.Event()
+        self._over = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def requested(self) -> bool:
+        """Whether the run was asked to end."""
+        return self._asked.is_set()
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._over.set()
+        with contextlib.suppress(OSError):  # nobody looks for it any more
+            self.flag.unlink()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked.is_set() or self._grace_s <= 0:
+            raise EndNow
+        self._asked.set()
+        # In a thread: whatever lock the terminal or the store needs may be held by the code that this has interrupted.
+        threading.Thread(target=self._wait, name="grace period", daemon=True).start()
+
+    def _wait(self) -> None:
+        try:
+            self.flag.parent.mkdir(parents=True, exist_ok=True)
+            self.flag.touch()
+            what = ", ".join(self._waiting_for()) or "what runs"
+            self._say(f"asked to end: waiting up to {self._grace_s:g} s for {what}; a second Ctrl-C ends at once")
+            self._over.wait(self._grace_s)
+        except Exception:  # a full disk, say: nobody can be asked, so there is nothing to wait for
+            log.warning("the run could not be asked to end and is ended at once", exc_info=True)
+        if not self._over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
