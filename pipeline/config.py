@@ -185,7 +185,10 @@ class StageResources(Frozen):
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Newest step checkpoints that are kept."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Worker failures after which the stage fails; each retry starts from the newest step checkpoint."""
+    """Retries after a worker died or raised; each starts from the newest step checkpoint."""
+    max_preemptions: Annotated[int, Field(ge=0)] = 20
+    """Retries after a node was lost or taken away, which count for themselves. Mistakes of the user and too little memory
+    are never retried."""
 
 
 class ResourcesConfig(Frozen):

@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -154,6 +155,14 @@ class StageRun:
     def config(self) -> dict[str, Any]:
         """The stage's config."""
         return self.stage.config
+
+    def clear_staging(self) -> None:
+        """Remove what a worker that died has left in the staging folder."""
+        for path in self.staging.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     @property
     def metrics_path(self) -> Path:

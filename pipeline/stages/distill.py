@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from overfill.errors import UserError
 from pipeline.stage import Metrics, StageRun, Stopped
 from pipeline.training.launch import run_workers
-from pipeline.training.worker import METRICS, STOPPED, USER_ERROR, distill
+from pipeline.training.worker import METRICS, STOPPED, distill
 
 
 def run(run: StageRun) -> Metrics:
@@ -16,9 +15,7 @@ def run(run: StageRun) -> Metrics:
 
 
 def metrics_of(result: dict[str, Any]) -> Metrics:
-    """The metrics of what a worker returned. Raises UserError and Stopped, which workers return as values."""
-    if USER_ERROR in result:
-        raise UserError(result[USER_ERROR])
+    """The metrics of what a worker returned. Raises Stopped, which workers return as a value."""
     if result.get(STOPPED):
         raise Stopped(f"stopped after step {result['step']}")
     return result[METRICS]

@@ -17,18 +17,22 @@ from overfill.errors import UserError
 from pipeline.cluster import capacity
 from pipeline.config import StageResources
 from pipeline.stage import StageRun, Stopped
+from pipeline.training.failures import Budget, cause_of, one_line, out_of_memory
 
 Metrics = Mapping[str, float | int | str]
 
+log = logging.getLogger(__name__)
+
 
 class WorkerFailed(Exception):
-    """The work raised in its worker; `str` is one line, the whole traceback is in the attempt's log."""
+    """The work raised in its worker, or the worker died too often; `str` is one line, the rest is in the attempt's log."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Result:
     metrics: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
     user_error: str = ""
+    out_of_memory: str = ""
     traceback: str = ""
 
 
@@ -36,24 +40,42 @@ def run_on_worker(work: Callable[[StageRun], Metrics], run: StageRun, *, exclusi
     """Call the top-level function `work(run)` in a Ray worker and return its metrics.
 
     `exclusive` takes every CPU of a node (or, with GPUs, those GPUs), so that nothing of this project runs beside it.
-    Raises UserError as the work raised it, Stopped when a stop was asked for, and WorkerFailed for anything else."""
+    A worker that dies is replaced as often as the stage's budgets allow; what the work raises is final. Raises UserError
+    as the work raised it and for too little memory, Stopped when a stop was asked for, WorkerFailed for anything else."""
     resources: StageResources = run.resources
     whole_node = exclusive and not resources.gpus_per_worker
     task = ray.remote(_guarded).options(
         num_cpus=max(1.0, float(int(capacity().node_cpus))) if whole_node else resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
-        max_retries=resources.max_failures,
+        max_retries=0,  # Ray would try again for ever where memory is short
         scheduling_strategy="DEFAULT",  # anywhere: by default a task stays in its trial's sliver of the head node
         name=run.stage.name,
     )
-    reference = task.remote(work, dataclasses.replace(run, stop_requested=_never))
-    result = _wait(reference, run)
+    result = _result(lambda: task.remote(work, dataclasses.replace(run, stop_requested=_never)), run, resources)
+    if result.out_of_memory:
+        raise UserError(out_of_memory(run.stage.name, resources, MemoryError(result.out_of_memory)))
     if result.user_error:
         raise UserError(result.user_error)
     if result.traceback:
-        logging.getLogger(__name__).error("in the worker:\n%s", result.traceback)
+        log.error("in the worker:\n%s", result.traceback)
         raise WorkerFailed(result.traceback.strip().splitlines()[-1])
     return result.metrics
+
+
+def _result(start: Callable[[], ray.ObjectRef], run: StageRun, resources: StageResources) -> _Result:
+    budget = Budget.of(resources)
+    while True:
+        try:
+            return _wait(start(), run)
+        except ray.exceptions.RayError as error:
+            cause = cause_of(error)
+            again = budget.spend(cause)
+            log.warning("%s (%s); %s", one_line(error), budget.told(cause), "again" if again else "that is the end")
+            if cause == "memory":
+                raise UserError(out_of_memory(run.stage.name, resources, error)) from error
+            if not again:
+                raise WorkerFailed(" ".join(str(error).split())[:300]) from error
+            run.clear_staging()
 
 
 def _wait(reference: ray.ObjectRef, run: StageRun) -> _Result:
@@ -63,8 +85,6 @@ def _wait(reference: ray.ObjectRef, run: StageRun) -> _Result:
                 ray.cancel(reference)
                 raise Stopped(f"{run.stage.name} was stopped")
         return ray.get(reference)
-    except ray.exceptions.RayError as error:
-        raise WorkerFailed(" ".join(str(error).split())[:300]) from error
     except (KeyboardInterrupt, SystemExit):
         ray.cancel(reference, force=True)
         raise
@@ -83,5 +103,7 @@ def _guarded(work: Callable[[StageRun], Metrics], run: StageRun) -> _Result:
         return _Result(metrics=dict(work(run)))
     except UserError as error:
         return _Result(user_error=str(error))
-    except Exception:
+    except Exception as error:
+        if cause_of(error) == "memory":
+            return _Result(out_of_memory=str(error))
         return _Result(traceback=traceback.format_exc())

@@ -57,6 +57,8 @@ def run_training(
     plan = _plan(run.inputs["data"] / "train", learner, resources, place)
     settings = _engine_settings(learner.config, resources, plan)
     module = DistillationModel(learner.model)
+    if place.first:
+        run.clear_staging()  # a worker may have died while it wrote its result
     found = _newest_checkpoint(run, place)
     if found is not None:
         state.load_weights(module, found)

@@ -26,6 +26,7 @@ from ray.train import BackendConfig, Result
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailurePolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
@@ -53,9 +54,14 @@ class RendezvousConfig(BackendConfig):
 
 
 class Trainer(DataParallelTrainer):
-    """Ray Train's trainer without the processes that nothing here uses."""
+    """Ray Train's trainer with a failure policy of ours, and without the processes that nothing here uses."""
+
+    def __init__(self, failure_policy: FailurePolicy, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._failure_policy = failure_policy
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        arguments["failure_policy"] = self._failure_policy
         if ray.get_runtime_context().get_actor_id() is None:
             return super()._initialize_and_run_controller(**arguments)  # workers want an actor as their controller
         controller = TrainController(**arguments)

@@ -7,6 +7,7 @@ removed, is deleted before a start.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -15,18 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import PreemptionError
 
+from overfill.errors import UserError
 from pipeline.cluster import check_workers, largest_cluster, worker_bundle
+from pipeline.config import StageResources
 from pipeline.stage import StageRun
 from pipeline.training.backend import RendezvousConfig, Trainer, dashboard_runs
+from pipeline.training.failures import Budget, Cause, cause_of_all, first_of, one_line, origin, out_of_memory
 from pipeline.training.resources import STOP_FILE, StopFile, stage_resources
+
+log = logging.getLogger(__name__)
 
 STOP_POLL_S = 0.5
 CONTROLLER_FAILURES = 240
 """Each is a minute of waiting for CPUs that other runs hold, so this is four hours."""
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 RAY_TRAIN_ENVIRONMENT = {
     # Ray polls workers every 2 s by default, and a report waits for the next poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -50,7 +56,8 @@ class TrainingFailed(Exception):
 def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: StageRun) -> dict[str, Any]:
     """Call `function({"run": run})` on every worker that the stage's resources ask for; returns rank 0's result.
 
-    Raises UserError when the cluster can never hold the workers, TrainingFailed for what outlived the retries."""
+    Raises UserError when the cluster can never hold the workers, for a mistake that a worker has met and for too little
+    memory, TrainingFailed for what outlived the retries."""
     resources = stage_resources(run)
     check_workers(run.stage.name, resources, largest_cluster())
     for name, value in (RAY_TRAIN_ENVIRONMENT | ({} if dashboard_runs() else ON_ONE_MACHINE)).items():
@@ -60,6 +67,7 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
     stop = StopFile(run.progress / STOP_FILE)
     stop.path.unlink(missing_ok=True)
     trainer = Trainer(
+        Retries(Budget.of(resources)),
         function,
         train_loop_config={"run": replace(run, stop_requested=stop)},
         backend_config=RendezvousConfig(),
@@ -71,35 +79,57 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
         run_config=RunConfig(
             name=name,
             storage_path=str(run.progress),
-            failure_config=FailureConfig(
-                max_failures=resources.max_failures, controller_failure_limit=CONTROLLER_FAILURES
-            ),
+            failure_config=FailureConfig(controller_failure_limit=CONTROLLER_FAILURES),  # the rest is in `Retries`
         ),
     )
     with _forward_stop(run.stop_requested, stop.path):
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
-            raise TrainingFailed(f"{one_line(error)}; the workers' logs are in {run.attempt}") from error
+            raise _final(error, run, resources) from error
     return dict(result.return_value or {})
 
 
-def one_line(error: TrainingFailedError) -> str:
-    """What went wrong, from Ray Train's report of it: the first worker's own error, not its peers' lost connections."""
+class Retries(DefaultFailurePolicy):
+    """Ray Train's failure policy with this project's causes and budgets; failures of the start-up are left to Ray's."""
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__(FailureConfig(controller_failure_limit=CONTROLLER_FAILURES))
+        self._budget = budget
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Whether to start the workers again."""
+        if isinstance(training_failed_error, ControllerError):
+            return super().make_decision(training_failed_error)
+        cause = cause_of_failure(training_failed_error)
+        again = self._budget.spend(cause)
+        told = f"{describe(training_failed_error)} ({self._budget.told(cause)})"
+        log.warning("%s; %s", told, "starting again from the newest step checkpoint" if again else "that is the end")
+        return FailureDecision.RETRY if again else FailureDecision.RAISE
+
+
+def cause_of_failure(error: TrainingFailedError) -> Cause:
+    """The cause of what Ray Train reports."""
+    if isinstance(error, PreemptionError):
+        return "node"
+    return cause_of_all(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else "worker"
+
+
+def describe(error: TrainingFailedError) -> str:
+    """What went wrong in one line: the error of the worker that is its cause, not its peers' lost connections."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
-        causes = {rank: _cause(failure) for rank, failure in sorted(error.worker_failures.items())}
-        own = {rank: cause for rank, cause in causes.items() if not any(word in cause for word in LOST_PEER)}
-        rank, cause = next(iter((own or causes).items()))
-        return f"worker {rank}: {cause}"
-    return _cause(error.controller_failure if isinstance(error, ControllerError) else error)
+        rank, own = first_of(cause_of_failure(error), error.worker_failures)
+        return f"worker {rank}: {one_line(own)}"
+    return one_line(error.controller_failure if isinstance(error, ControllerError) else error)
 
 
-def _cause(error: Exception) -> str:
-    """Type and first line; of Ray's own errors, which say what happened to a process, the first line alone."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, RayError) or not first:
-        return first or type(error).__name__
-    return f"{type(error).__name__}: {first}"
+def _final(error: TrainingFailedError, run: StageRun, resources: StageResources) -> Exception:
+    """What to raise for what Ray Train gave up on."""
+    cause = cause_of_failure(error)
+    if isinstance(error, WorkerGroupError) and cause in ("user", "memory"):
+        _, own = first_of(cause, error.worker_failures)
+        return UserError(str(origin(own)) if cause == "user" else out_of_memory(run.stage.name, resources, own))
+    return TrainingFailed(f"{describe(error)}; the workers' logs are in {run.attempt}")
 
 
 @contextmanager

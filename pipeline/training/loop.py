@@ -16,6 +16,7 @@ import torch
 from pipeline.training import state
 from pipeline.training.batches import collate
 from pipeline.training.checkpoints import Position
+from pipeline.training.failures import NodeReclaimed
 from pipeline.training.metrics import LossSums, Rate
 from pipeline.training.schedule import learning_rate
 from pipeline.training.session import Outcome, Session, steps_root
@@ -29,10 +30,6 @@ GO_ON, STOP, LEAVE = range(3)
 """What rank 0 says after every step: nothing, that the run is asked to stop, that a node is being taken away."""
 
 log = logging.getLogger(__name__)
-
-
-class NodeReclaimed(Exception):
-    """A node of this run is being taken away; the position is saved, and the run goes on elsewhere."""
 
 
 @dataclass(frozen=True)

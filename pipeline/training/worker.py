@@ -15,7 +15,6 @@ from overfill.errors import UserError
 from pipeline.stage import StageRun
 from pipeline.training.quick_imports import UNUSED, without_modules
 
-USER_ERROR = "user_error"
 STOPPED = "stopped"
 METRICS = "metrics"
 
@@ -61,8 +60,8 @@ def log_file(run: StageRun, rank: int) -> Path:
 
 
 def guarded(work: Callable[[StageRun], dict[str, Any]], run: StageRun, rank: int) -> dict[str, Any]:
-    """Call `work(run)` with a log of its own. A user's mistake is returned as `USER_ERROR`, not raised: Ray Train would
-    try it again. Anything else is raised, and is in the log."""
+    """Call `work(run)` with a log of its own. What it raises is in the log: a user's mistake in words, anything else with
+    its traceback; whether to try again is for `failures` to say."""
     with _logging_to(log_file(run, rank)):
         try:
             log.info("worker process %d begins", os.getpid())
@@ -71,7 +70,7 @@ def guarded(work: Callable[[StageRun], dict[str, Any]], run: StageRun, rank: int
             return work(run)
         except UserError as error:
             log.error("%s", error)
-            return {USER_ERROR: str(error)}
+            raise
         except Exception:
             log.exception("the worker failed")
             raise

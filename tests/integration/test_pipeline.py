@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,37 +187,111 @@ def test_mlflow_has_one_parent_and_comparable_children(finished):
     assert steps[-1] == 50
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bits(finished, place):
+@pytest.fixture(scope="module")
+def broken(finished, place) -> Path:
+    """A store whose run was killed, and then asked to end, while the student was in training."""
     reference, _ = finished
-    store = place / "killed"
-    command = [sys.executable, "-m", "pipeline.cli", "run", "tiny.yaml", "--store", str(store)]
-    command += ["--set", "sweep.axes={distill.method: [overfill]}", "--set", "name=killed"]
-    driver = subprocess.Popen(
-        command,
-        cwd=place,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    store = place / "broken"
+    for shared in ("tokenizer", "data", "teacher", "calibrate", "prune", ".claims"):
+        shutil.copytree(reference / shared, store / shared, symlinks=True)
+    killed = driver(store)
+    wait_for(lambda: newest_step(store) >= 3, killed, seconds=300)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert left_after(15, store) == []
+    return store
+
+
+def driver(store: Path) -> subprocess.Popen[str]:
+    """A run of one cell that takes its time, with a step checkpoint after every step."""
+    command = [sys.executable, "-m", "pipeline.cli", "run", "tiny.yaml", "--store", str(store), "--set", "name=broken"]
+    command += ["--set", "sweep.axes={distill.method: [overfill]}", "--set", "resources.distill.checkpoint_every=1"]
+    marked = environment() | {"OVERFILL_TEST": str(store)}
+    return subprocess.Popen(
+        command, cwd=store.parent, env=marked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: whole_checkpoints(store), driver, seconds=400)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    assert not records(store, "distill"), "it was killed before its end"
-    overfill("resume", "killed", store=store)
+
+
+def newest_step(store: Path) -> int:
+    """Step of the newest step checkpoint of the student's training; 0 without one."""
+    markers = store.glob("distill/*/progress/**/complete.json")
+    return max((int(marker.parent.name.split("-")[1]) for marker in markers), default=0)
+
+
+def test_sigterm_saves_the_position_and_leaves_no_process(broken):
+    at = newest_step(broken)
+    asked = driver(broken)
+    wait_for(lambda: newest_step(broken) >= at + 3, asked, seconds=300)
+    asked.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    _, said = asked.communicate(timeout=60)
+    assert asked.returncode == 130, said
+    assert time.monotonic() - begun < 45
+    assert "asked to end: waiting up to 30 s for distill small · 0.5 · overfill · seed 0 (step" in said
+    assert said.splitlines()[-1] == "overfill: interrupted; the same command goes on from here"
+    assert "Traceback" not in said
+    outcome = json.loads(next(broken.glob("distill/*/attempts/0002/outcome.json")).read_text())
+    assert outcome["status"] == "interrupted"
+    assert outcome["error"] == f"asked to end: stopped after step {newest_step(broken)}"
+    assert run_states(broken) == {"broken": "KILLED", "small · 0.5 · overfill · seed 0": "KILLED"}
+    assert left_after(15, broken) == []
+    assert not list((broken / "tune").glob("interrupt-*"))
+
+
+def left_after(seconds: float, store: Path) -> list[str]:
+    """What still runs of a store's drivers after so many seconds at most."""
+    deadline = time.monotonic() + seconds
+    while (left := processes_of(store)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def processes_of(store: Path) -> list[str]:
+    """What runs of a store's drivers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if f"OVERFILL_TEST={store}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_text())
+    return found
+
+
+def run_states(store: Path) -> dict[str, str]:
+    """Name -> state of every MLflow run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("overfill").experiment_id])
+    assert len({run.info.run_name for run in runs}) == len(runs), "a run has a twin"
+    return {run.info.run_name: run.info.status for run in runs}
+
+
+def test_a_run_that_was_killed_and_asked_to_end_goes_on_and_ends_in_the_same_bits(finished, broken):
+    reference, _ = finished
+    assert not records(broken, "distill"), "it was broken before its end"
+    overfill("resume", "broken", store=broken)
     (again,), (unbroken,) = (
-        [record for label, record in records(at, "distill").items() if "overfill" in label] for at in (store, reference)
+        [record for label, record in records(at, "distill").items() if "overfill" in label]
+        for at in (broken, reference)
     )
     name = "model/model.safetensors"
     assert again["files"][name] == unbroken["files"][name]
-    assert again["attempt"] == 2
-    log = (next(store.glob("distill/*")) / "attempts" / "0002" / "worker-0.log").read_text()
-    assert "training from step 0" not in log
-    assert len(records(store, "teacher")) == 1
+    assert curve(broken) == curve(reference)
+    assert again["attempt"] == 3
+    for attempt in ("0002", "0003"):
+        log = (next(broken.glob("distill/*")) / "attempts" / attempt / "worker-0.log").read_text()
+        assert "training from step 0" not in log
+    assert set(run_states(broken).values()) == {"FINISHED"}
+    assert not list(broken.glob("*/*/staging-*"))
 
 
-def whole_checkpoints(store: Path) -> list[Path]:
-    return list(store.glob("distill/*/progress/**/complete.json"))
+def curve(store: Path) -> dict[int, dict[str, float]]:
+    """Step -> metrics of the student's training, the later line of a step winning, without the rate."""
+    found: dict[int, dict[str, float]] = {}
+    for line in next(store.glob("distill/*overfill*/progress/metrics.jsonl")).read_text().splitlines():
+        point = json.loads(line)
+        found.setdefault(point["step"], {}).update(point["metrics"])
+    return {step: {k: v for k, v in found[step].items() if k != "train/tokens_per_second"} for step in sorted(found)}
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float) -> None:

@@ -19,9 +19,11 @@ from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly
 
 from overfill.checkpoint import load_student
 from overfill.config import ImportanceConfig
+from overfill.errors import UserError
 from overfill.importance import ImportanceScores
 from pipeline.fingerprint import identity_config
 from pipeline.stage import External, Stage, StageRun
+from pipeline.stages.remote import WorkerFailed, run_on_worker
 from pipeline.training.calibrate import SCORES_FILE, measure_in
 from pipeline.training.distill import train_in
 from pipeline.training.distributed import Place
@@ -203,3 +205,48 @@ def test_an_error_in_a_worker_is_one_line_with_the_place_of_the_logs(
     assert str(caught.value) == (
         f"worker 0: ValueError: the corpus has no token 7; the workers' logs are in {run.attempt}"
     )
+
+
+def test_a_model_that_does_not_fit_is_tried_once_and_says_what_to_lower(
+    tmp_path: Path, inputs: dict[str, Path], ray_cluster: None
+) -> None:
+    run = distill_run(tmp_path, inputs, resources={"max_failures": 3, "micro_batch": 8})
+
+    def fill(arguments: dict[str, Any]) -> dict[str, Any]:
+        from pipeline.training.session import node_is_reclaimed
+
+        with (run.progress / "tries").open("a") as file:
+            file.write(f"{node_is_reclaimed()}\n")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(UserError, match=r"distill ran out of memory .* lower resources.distill.micro_batch \(now 8\)"):
+        run_workers(fill, run)
+    assert (run.progress / "tries").read_text() == "False\n"
+
+
+def test_a_task_whose_worker_dies_is_done_again_in_a_clean_folder(
+    tmp_path: Path, inputs: dict[str, Path], ray_cluster: None
+) -> None:
+    run = distill_run(tmp_path, inputs, resources={"max_failures": 1})
+
+    def die_once(run: StageRun) -> dict[str, int]:
+        (run.staging / "half").mkdir()
+        if not (run.progress / "died").exists():
+            (run.progress / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"files": len(list(run.staging.iterdir()))}
+
+    assert run_on_worker(die_once, run) == {"files": 1}
+
+    def die(run: StageRun) -> dict[str, int]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    with pytest.raises(WorkerFailed, match="The worker died unexpectedly"):
+        run_on_worker(die, run)
+
+    def fill(run: StageRun) -> dict[str, int]:
+        raise MemoryError("17 GB")
+
+    with pytest.raises(UserError, match=r"ran out of memory \(MemoryError: 17 GB\); lower"):
+        run_on_worker(fill, run)

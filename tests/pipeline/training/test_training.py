@@ -26,7 +26,7 @@ from pipeline.training import checkpoints
 from pipeline.training.deepspeed_config import EngineSettings
 from pipeline.training.distributed import Place
 from pipeline.training.engine import WEIGHT, StudentEngine
-from pipeline.training.loop import NodeReclaimed
+from pipeline.training.failures import NodeReclaimed
 from pipeline.training.schedule import learning_rate
 from pipeline.training.session import Services, steps_root
 from pipeline.training.stream import StepRows, StreamPlan
