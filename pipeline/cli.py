@@ -100,6 +100,9 @@ def report(
     ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line per cell.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Answers and tables in Markdown.")] = False,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write everything into one page that needs no network.")
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Compare the cells of an experiment, and say what to ship."""
@@ -110,7 +113,7 @@ def report(
     forms = {"json": as_json, "summary": as_summary, "csv": as_csv, "markdown": as_markdown}
     budget = read_budget(max_tpot, max_memory)
     here = open_store(store)
-    print_comparison(known_experiment(here, name), here, budget, [form for form, asked in forms.items() if asked])
+    print_comparison(known_experiment(here, name), here, budget, [form for form, asked in forms.items() if asked], html)
 
 
 @app.command()

@@ -67,19 +67,26 @@ def _print_places(store: Store, plots: list[Path], console: Console) -> None:
     )
 
 
-def print_comparison(experiment: Experiment, store: Store, budget: Budget, forms: Sequence[str]) -> None:
-    """Print what an experiment found, as tables or in one of the `forms` json, summary, csv, markdown.
+def print_comparison(
+    experiment: Experiment, store: Store, budget: Budget, forms: Sequence[str], html: str | None
+) -> None:
+    """Print what an experiment found, as tables or in one of the `forms` json, summary, csv, markdown; or write the page.
 
-    Raises UserError for more than one form."""
+    Raises UserError for more than one form, and for a page that cannot be written."""
     if len(forms) > 1:
         raise UserError(
             f"{' and '.join('--' + form for form in forms)}: they all go to the same output; give one of them"
         )
     report = make_report(experiment.name, experiment.config.description, experiment.cells, store, budget)
+    if html is not None:
+        from pipeline.html_report import write_page
+
+        write_page(report, experiment.cells, store, Path(html))
+        Console(stderr=True).print(f"report: {Path(html).absolute()}", highlight=False, soft_wrap=True)
     if forms:
         written = {"json": to_json, "summary": summary_json, "csv": to_csv, "markdown": markdown}[forms[0]](report)
         sys.stdout.write(written.rstrip("\n") + "\n")
-    else:
+    elif html is None:
         print_report(report, Console())
 
 

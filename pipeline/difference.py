@@ -32,7 +32,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[Diff
 
     An input that several stages share differs once: it is reported at its shortest path."""
     found: dict[tuple[str, str, str], Difference] = {}
-    mine, theirs = dict(_leaves(here)), dict(_leaves(there))
+    mine, theirs = dict(leaves(here)), dict(leaves(there))
     for path in sorted(mine.keys() | theirs.keys(), key=lambda path: (path.count(".inputs."), len(path), path)):
         a, b = theirs.get(path, _ABSENT), mine.get(path, _ABSENT)
         if a != b:
@@ -42,10 +42,11 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[Diff
     return tuple(found.values())
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted path, value as JSON) of everything in nested mappings."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else key)
+            yield from leaves(item, f"{path}.{key}" if path else key)
     else:
         yield path, json.dumps(value)
 

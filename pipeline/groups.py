@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.methods import METHODS
+from pipeline.methods import LOOKS, METHODS
 from pipeline.resampling import Scores, average_over_tasks, mean_over_seeds
 from pipeline.rows import Row
 from pipeline.scores import HELD_OUT, CellScores
@@ -40,6 +40,11 @@ class Group:
     def quality(self) -> Interval | None:
         """What configurations are ranked by: the average over tasks, or the held-out exact match where there are none."""
         return self.exact_match if self.quality_tasks == (HELD_OUT,) else self.average
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it has a pruning ratio."""
+        return LOOKS[self.method].pruned
 
     def mean(self, name: str) -> float | None:
         """Mean of a column over the seeds that have it."""

@@ -1,9 +1,10 @@
 """A rule of thumb fitted to a sweep: size of the full model and share of it kept -> quality and latency.
 
-    logit(quality) = a + b ln P + c ln k        ln TPOT = a + b ln P + c ln k
+    logit(quality) = a + b ln P + c ln k        TPOT = a + b P k
 
-P parameters of the full model, k share of them that is kept. Logits keep a predicted quality inside (0, 1); a latency
-that is bound by reading weights is a power of how many there are. Least squares, one point per configuration. Where the
+P parameters of the full model, k share of them that is kept. Logits keep a predicted quality inside (0, 1). A token
+costs what its step costs whatever is read, and a read of the P k parameters that decode; that is fitted to relative
+errors, for latencies of large and small models to count the same. Least squares, one point per configuration. Where the
 sweep has one size of full model only, b ln P is left out.
 
 A fit through few points flatters itself, so its error is that on configurations left out: each is predicted from all
@@ -14,7 +15,7 @@ have missed by: a guideline that is not better than that has nothing to say, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,13 +36,10 @@ class Fit:
     """One fitted formula."""
 
     target: Target
-    constant: float
-    size: float | None
-    """Coefficient of ln P; None where the sweep has one size only."""
-    kept: float
-    """Coefficient of ln k."""
+    coefficients: dict[str, float]
+    """`constant`, and for a quality `ln_k` and, with several sizes of full models, `ln_p`; for a latency `p_k`."""
     error: float
-    """Root mean square error on configurations left out: in quality itself; for a latency relative to it."""
+    """Root mean square error on configurations left out: of a quality in itself, of a latency relative to it."""
     error_of_mean: float
     """The same, had the mean of the others been predicted."""
 
@@ -52,8 +50,9 @@ class Fit:
 
     def predict(self, parameters: float, kept: float) -> float:
         """Quality as a share, or seconds per token, of a full model of so many parameters and a share of them kept."""
-        value = self.constant + (self.size or 0.0) * math.log(parameters) + self.kept * math.log(kept)
-        return SCALES[self.target].back(value)
+        terms = {"constant": 1.0, "ln_p": math.log(parameters), "ln_k": math.log(kept), "p_k": parameters * kept}
+        value = sum(coefficient * terms[name] for name, coefficient in self.coefficients.items())
+        return float(_logistic(np.float64(value))) if self.target == "quality" else value
 
 
 @dataclass(frozen=True)
@@ -78,65 +77,89 @@ class Guideline:
 
 
 @dataclass(frozen=True)
-class _Scale:
-    forth: Callable[[float], float]
-    back: Callable[[float], float]
-    relative: bool
+class Point:
+    """One configuration."""
 
-
-SCALES: dict[Target, _Scale] = {
-    "quality": _Scale(
-        lambda share: math.log(min(max(share, EDGE), 1 - EDGE) / (1 - min(max(share, EDGE), 1 - EDGE))),
-        lambda logit: 1 / (1 + math.exp(-logit)),
-        relative=False,
-    ),
-    "tpot_s": _Scale(math.log, math.exp, relative=True),
-}
+    parameters: float
+    """Of the full model."""
+    kept: float
+    quality: float | None = None
+    tpot_s: float | None = None
 
 
 def guidelines(found: Sequence[Group]) -> list[Guideline]:
     """One per method and variant that a student has been judged with."""
     gathered: dict[tuple[str, str], list[Group]] = {}
     for group in found:
-        if group.method != "full" and group.quality is not None and group.mean("parameters_kept"):
+        if group.is_pruned and group.quality is not None and group.mean("parameters_kept"):
             gathered.setdefault((group.method, group.variant), []).append(group)
     return [_guideline(method, variant, groups) for (method, variant), groups in gathered.items()]
 
 
 def _guideline(method: str, variant: str, found: Sequence[Group]) -> Guideline:
-    sizes = [group.mean("parameters_full") or 0.0 for group in found]
-    kept = [group.mean("parameters_kept") or 0.0 for group in found]
-    needed = (3 if len(set(sizes)) > 1 else 2) + SPARE
-    points: dict[Target, list[float | None]] = {
-        "quality": [None if group.quality is None else group.quality.value for group in found],
-        "tpot_s": [group.mean("tpot_s") for group in found] if len({group.conditions for group in found}) == 1 else [],
-    }
-    fits = tuple(
-        fit for target, values in points.items() if (fit := fit_points(target, sizes, kept, values)) is not None
-    )
-    return Guideline(method, variant, len(found), needed, fits, (min(sizes), max(sizes)), (min(kept), max(kept)))
-
-
-def fit_points(
-    target: Target, sizes: Sequence[float], kept: Sequence[float], values: Sequence[float | None]
-) -> Fit | None:
-    """Fit a target to the points that have it; None where they are too few or do not tell the coefficients apart."""
+    comparable = len({group.conditions for group in found if group.conditions}) == 1
     points = [
-        (size, share, value) for size, share, value in zip(sizes, kept, values, strict=False) if value is not None
+        Point(
+            group.mean("parameters_full") or 0.0,
+            group.mean("parameters_kept") or 0.0,
+            None if group.quality is None else group.quality.value,
+            group.mean("tpot_s") if comparable else None,
+        )
+        for group in found
     ]
-    if not points:
+    sizes, kept = [point.parameters for point in points], [point.kept for point in points]
+    fits = [fit for fit in (fit_quality(points), fit_latency(points)) if fit is not None]
+    needed = (3 if len(set(sizes)) > 1 else 2) + SPARE
+    return Guideline(
+        method, variant, len(points), needed, tuple(fits), (min(sizes), max(sizes)), (min(kept), max(kept))
+    )
+
+
+def fit_quality(points: Sequence[Point]) -> Fit | None:
+    """The formula for quality; None where the points are too few or do not tell the coefficients apart."""
+    known = [(point, point.quality) for point in points if point.quality is not None]
+    columns = {"constant": [1.0] * len(known), "ln_k": [math.log(point.kept) for point, _ in known]}
+    if len({point.parameters for point, _ in known}) > 1:
+        columns["ln_p"] = [math.log(point.parameters) for point, _ in known]
+    measured = np.array([quality for _, quality in known])
+    wanted = np.array([_logit(quality) for _, quality in known])
+    solved = _solve(columns, wanted)
+    if solved is None:
         return None
-    scale, several = SCALES[target], len({size for size, _, _ in points}) > 1
-    rows = [[1.0, math.log(share), *([math.log(size)] if several else [])] for size, share, _ in points]
-    matrix, wanted = np.array(rows), np.array([scale.forth(value) for _, _, value in points])
-    if len(points) < matrix.shape[1] + SPARE or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+    coefficients, predicted, by_mean = solved
+    errors = [_root_mean_square(_logistic(values) - measured) for values in (predicted, by_mean)]
+    return Fit("quality", coefficients, *errors)
+
+
+def fit_latency(points: Sequence[Point]) -> Fit | None:
+    """The formula for TPOT; None where the points are too few or do not tell the coefficients apart."""
+    known = [(point, point.tpot_s) for point in points if point.tpot_s]
+    # Every row divided by its latency: the residual of 1 is the relative error.
+    columns = {
+        "constant": [1 / tpot for _, tpot in known],
+        "p_k": [point.parameters * point.kept / tpot for point, tpot in known],
+    }
+    solved = _solve(columns, np.ones(len(known)))
+    if solved is None:
         return None
-    coefficients = np.linalg.lstsq(matrix, wanted, rcond=None)[0]
-    measured = np.array([value for _, _, value in points])
-    error = _error(scale, measured, left_out(matrix, wanted))
-    of_mean = _error(scale, measured, left_out(matrix[:, :1], wanted))
-    size = float(coefficients[2]) if several else None
-    return Fit(target, float(coefficients[0]), size, float(coefficients[1]), error, of_mean)
+    coefficients, predicted, by_mean = solved
+    return Fit("tpot_s", coefficients, _root_mean_square(predicted - 1), _root_mean_square(by_mean - 1))
+
+
+def _solve(
+    columns: dict[str, list[float]], wanted: FloatArray
+) -> tuple[dict[str, float], FloatArray, FloatArray] | None:
+    """Coefficients, and the points' predictions from all others by the formula and by its constant alone."""
+    matrix = np.array(list(columns.values()), dtype=np.float64).T
+    if len(wanted) < len(columns) + SPARE:
+        return None
+    # Columns of one length, for counts of parameters stand beside ones.
+    scale = np.linalg.norm(matrix, axis=0)
+    if not scale.all() or np.linalg.matrix_rank(matrix / scale) < len(columns):
+        return None
+    solution = np.linalg.lstsq(matrix / scale, wanted, rcond=None)[0] / scale
+    coefficients = dict(zip(columns, map(float, solution), strict=True))
+    return coefficients, left_out(matrix / scale, wanted), left_out(matrix[:, :1], wanted)
 
 
 def left_out(matrix: FloatArray, wanted: FloatArray) -> FloatArray:
@@ -150,7 +173,14 @@ def left_out(matrix: FloatArray, wanted: FloatArray) -> FloatArray:
     return wanted - missed
 
 
-def _error(scale: _Scale, measured: FloatArray, predicted: FloatArray) -> float:
-    natural = np.array([math.nan if math.isnan(value) else scale.back(value) for value in predicted.tolist()])
-    missed = natural / measured - 1 if scale.relative else natural - measured
-    return float(np.sqrt(np.nanmean(np.square(missed))))
+def _root_mean_square(errors: FloatArray) -> float:
+    return float(np.sqrt(np.nanmean(np.square(errors))))
+
+
+def _logit(share: float) -> float:
+    inside = min(max(share, EDGE), 1 - EDGE)
+    return math.log(inside / (1 - inside))
+
+
+def _logistic(values: FloatArray) -> FloatArray:
+    return 1 / (1 + np.exp(-values))

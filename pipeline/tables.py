@@ -204,7 +204,7 @@ def _result_row(group: Group, variants: bool, report: Report) -> tuple[str, ...]
 
 
 def _name(group: Group, variants: bool) -> tuple[str, ...]:
-    ratio = NOTHING if group.method == "full" else f"{group.ratio:g}"
+    ratio = f"{group.ratio:g}" if group.is_pruned else NOTHING
     return (ratio, METHOD_NAMES[group.method], *((group.variant,) if variants else ()))
 
 

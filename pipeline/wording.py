@@ -29,6 +29,8 @@ class Verdict:
 
     ship: str
     lines: tuple[tuple[str, str], ...] = ()
+    sure: bool | None = None
+    """Whether nothing that it rests on is within noise; None where nothing was tested."""
 
     def __str__(self) -> str:
         return " ".join([self.ship, *(f"{label}: {text}." for label, text in self.lines)])
@@ -51,8 +53,9 @@ def headline(report: Report) -> list[Verdict]:
     tasks = "1 task" if found.tasks == 1 else f"{found.tasks} tasks"
     over = "1 configuration" if found.configurations == 1 else f"{found.configurations} configurations"
     value = f"{signed_percent(found.relative)} ({tasks}, {over})"
-    noise = " This is within noise." if found.relative.contains(0.0) else ""
-    return [Verdict(f"Relative improvement of OverFill over pruned-only, averaged over tasks: {value}.{noise}")]
+    noise = found.relative.contains(0.0)
+    text = f"Relative improvement of OverFill over pruned-only, averaged over tasks: {value}."
+    return [Verdict(text + (" This is within noise." if noise else ""), sure=not noise)]
 
 
 def _ship(teacher: str, advice: Advice, report: Report) -> Verdict:
@@ -64,7 +67,8 @@ def _ship(teacher: str, advice: Advice, report: Report) -> Verdict:
     else:
         what = f"nothing faster keeps {share}; the best is {describe(best)}"
     lines = (("costs", costs(best)), ("sure", "; ".join([*_sure(advice), *_rival(best, report)])))
-    return Verdict(f"{teacher}: {what}.", lines)
+    sure = advice.keeps_quality and advice.surely_keeps and advice.surely_faster is not False
+    return Verdict(f"{teacher}: {what}.", lines, sure)
 
 
 def _sure(advice: Advice) -> Iterator[str]:
@@ -125,7 +129,8 @@ def _within(advice: BudgetAdvice) -> Verdict:
         )
         return Verdict(f"Nothing fits {limits}; the closest is {_named(advice.cheapest)} with {close}.")
     lines = [("costs", costs(best)), ("sure", "; ".join(_lead(advice, best)))]
-    return Verdict(f"Within {limits}: ship {_named(best)}, the most accurate that fits.", tuple(lines))
+    sure = None if advice.lead is None else not advice.lead.within_noise
+    return Verdict(f"Within {limits}: ship {_named(best)}, the most accurate that fits.", tuple(lines), sure)
 
 
 def _limits(budget: Budget) -> str:
@@ -182,14 +187,18 @@ def guideline_sentence(found: Guideline) -> str:
 
 
 def formula(fit: Fit) -> str:
-    """`quality = logistic(-1.20 + 0.31 ln P + 1.90 ln k), off by 3.1 points …`."""
-    name, link = ("quality", "logistic") if fit.target == "quality" else ("TPOT", "exp")
-    terms = f"{fit.constant:.3g}" + ("" if fit.size is None else f" {fit.size:+.3g} ln P") + f" {fit.kept:+.3g} ln k"
+    """`quality = logistic(-1.20 +0.31 ln P +1.90 ln k), off by 3.1 points …`."""
     by, mean = (_missed(fit, error) for error in (fit.error, fit.error_of_mean))
-    against = f"the others' mean {mean}"
+    name = "quality" if fit.target == "quality" else "TPOT"
     if not fit.is_useful:
-        return f"none for {name}: a fit misses a configuration left out by {by}, {against}"
-    return f"{name} = {link}({terms}), off by {by} on a configuration left out ({against})"
+        return f"none for {name}: a fit misses a configuration left out by {by}, the others' mean by {mean}"
+    found = fit.coefficients
+    if fit.target == "quality":
+        size = f" {found['ln_p']:+.3g} ln P" if "ln_p" in found else ""
+        right = f"logistic({found['constant']:.3g}{size} {found['ln_k']:+.3g} ln k)"
+    else:
+        right = f"{seconds(found['constant'])} + {seconds(1e6 * found['p_k'])} per million parameters that decode"
+    return f"{name} = {right}, off by {by} on a configuration left out (the others' mean {mean})"
 
 
 def _missed(fit: Fit, error: float) -> str:
@@ -201,9 +210,8 @@ def _missed(fit: Fit, error: float) -> str:
 
 def describe(group: Group) -> str:
     """`OverFill at ratio 0.6 (learning_rate=0.001)`."""
-    if group.method == "full":
-        return METHOD_NAMES["full"]
-    return f"{METHOD_NAMES[group.method]} at ratio {group.ratio:g}" + (f" ({group.variant})" if group.variant else "")
+    ratio = f" at ratio {group.ratio:g}" if group.is_pruned else ""
+    return METHOD_NAMES[group.method] + ratio + (f" ({group.variant})" if group.variant else "")
 
 
 def _named(group: Group) -> str:
@@ -255,7 +263,7 @@ def seconds(value: float | None) -> str:
     """A latency."""
     if value is None:
         return NOTHING
-    if value < 1e-4:
+    if value < 1e-4:  # or an overhead that a fit puts below zero
         return f"{1e6 * value:.3g} µs"
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms" if value >= 0.01 else f"{1000 * value:.2f} ms"
 

@@ -20,6 +20,8 @@ from pipeline.sweep import Cell, expand
 from pipeline.watch import METRICS_FILE
 
 SAMPLES = 200
+ANSWERS = {True: "4", False: "5"}
+"""What a model wrote where it was right, and where it was wrong."""
 TPOT = {"full": 0.004, "overfill": 0.001, "student": 0.00095}
 PEAK = {"full": 4_000_000, "overfill": 5_000_000, "student": 1_000_000}
 TTFT = {"full": 0.040, "overfill": 0.041, "student": 0.012}
@@ -117,7 +119,7 @@ def _write_evaluation(folder: Path, correct: np.ndarray) -> dict[str, float | in
         "sample": np.arange(samples),
         "prompt": ["2+2"] * samples,
         "reference": ["4"] * samples,
-        "prediction": ["4" if right else "5" for right in correct],
+        "prediction": [ANSWERS[bool(right)] for right in correct],
         "correct": correct,
         "response_nll": np.full(samples, 0.5),
         "response_tokens": np.full(samples, 2),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.groups import Group
-from pipeline.guideline import fit_points, guidelines, left_out
+from pipeline.guideline import Point, fit_latency, fit_quality, guidelines, left_out
 from pipeline.statistics import Interval
 from pipeline.wording import guideline_sentence
 
@@ -42,23 +42,31 @@ def test_a_point_that_alone_decides_a_coefficient_cannot_be_predicted_from_the_o
     assert np.isnan(left_out(matrix, np.array([1.0, 2, 3, 9]))[3])
 
 
-def test_a_law_that_the_cells_follow_is_found_with_no_error() -> None:
+def test_a_latency_of_an_overhead_and_a_read_of_the_weights_is_found_with_no_error() -> None:
     cells = [(size, kept) for size in (1e6, 4e6, 16e6) for kept in (0.2, 0.4, 0.7)]
-    tpots = [1e-9 * size**0.8 * kept**0.5 for size, kept in cells]
-    fit = fit_points("tpot_s", [size for size, _ in cells], [kept for _, kept in cells], tpots)
+    fit = fit_latency([Point(size, kept, tpot_s=2e-3 + 1e-9 * size * kept) for size, kept in cells])
     assert fit is not None
-    assert (fit.size, fit.kept) == (pytest.approx(0.8), pytest.approx(0.5))
+    assert fit.coefficients == {"constant": pytest.approx(2e-3), "p_k": pytest.approx(1e-9)}
     assert fit.error == pytest.approx(0, abs=1e-9)
     assert fit.is_useful
-    assert fit.predict(2e6, 0.3) == pytest.approx(1e-9 * 2e6**0.8 * 0.3**0.5)
+    assert fit.predict(2e6, 0.3) == pytest.approx(2e-3 + 1e-9 * 0.6e6)
+
+
+def test_the_error_of_a_latency_is_relative() -> None:
+    # Three points at 1 s and one at 2 s that nothing tells apart: left out, the one is predicted at 1 s, half of itself.
+    points = [Point(1e6, kept, tpot_s=tpot) for kept, tpot in [(0.1, 1.0), (0.2, 1.0), (0.3, 1.0), (0.4, 2.0)]]
+    fit = fit_latency(points)
+    assert fit is not None
+    by_mean = [float(np.mean([1 / q for q in other]) / np.mean([1 / q**2 for q in other])) / tpot - 1 for tpot, other in
+               [(1.0, [1, 1, 2])] * 3 + [(2.0, [1, 1, 1])]]  # fmt: skip
+    assert fit.error_of_mean == pytest.approx(np.sqrt(np.mean(np.square(by_mean))))
 
 
 def test_a_predicted_quality_stays_a_share() -> None:
     kept = [0.1, 0.2, 0.4, 0.8]
-    fit = fit_points("quality", [1e6] * 4, kept, [1 / (1 + math.exp(-(1 + 2 * math.log(k)))) for k in kept])
+    fit = fit_quality([Point(1e6, k, 1 / (1 + math.exp(-(1 + 2 * math.log(k))))) for k in kept])
     assert fit is not None
-    assert fit.size is None
-    assert (fit.constant, fit.kept) == (pytest.approx(1.0), pytest.approx(2.0))
+    assert fit.coefficients == {"constant": pytest.approx(1.0), "ln_k": pytest.approx(2.0)}
     assert 0 < fit.predict(1e6, 1e-4) < fit.predict(1e6, 1.0) < 1
 
 
