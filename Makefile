@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-fast test-integration check ui clean
+.PHONY: quickstart test test-fast test-integration fuzz check ui clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/overfill run sweeps/quickstart.yaml
@@ -18,6 +18,10 @@ test-fast: $(VENV)/.installed-test
 
 test-integration: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m integration
+
+# Damaged experiment files, corpora and stores, thousands of them; a small part of these tests is in `make test`.
+fuzz: $(VENV)/.installed-test
+	OVERFILL_FUZZ=full $(BIN)/python -m pytest tests/fuzz --timeout 3600 --numprocesses 2 --dist load
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -54,7 +54,7 @@ class PruneConfig(Frozen):
 class ImportanceConfig(Frozen):
     """Calibration: channel importance after Minitron (arXiv 2407.14679, section 2.2)."""
 
-    samples: Annotated[int, Field(ge=1)] = 512
+    samples: Annotated[int, Field(ge=1, le=10**15)] = 512
     """Training samples that the full model reads; rankings settle after a few hundred."""
     across: Literal["l2", "mean"] = "l2"
     """How per-sample means of |activation| are aggregated across samples."""

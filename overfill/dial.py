@@ -39,10 +39,10 @@ class Refresh:
         text = str(value).strip().lower()
         if text == "none":
             return None
-        gate = re.fullmatch(r"entropy\s*>\s*(\d+(?:\.\d*)?|\.\d+)", text)
+        gate = re.fullmatch(r"entropy\s*>\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})", text)
         if gate:
             return cls(entropy=float(gate.group(1)))
-        if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d*", text):
+        if isinstance(value, bool) or not re.fullmatch(r"[1-9][0-9]{0,14}", text):
             raise UserError(f"refresh: {value!r} is not a number of tokens (64), entropy>NATS (entropy>2.0) or none")
         return cls(every=int(text))
 

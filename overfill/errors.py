@@ -6,6 +6,16 @@ with code 2; anything else that is raised is a defect of ours and keeps its trac
 
 from __future__ import annotations
 
+_LONGEST = 2_000
+"""Characters; a value of any length may stand in a message."""
+
 
 class UserError(Exception):
     """A mistake that the user can mend; `str(error)` is one line that says how."""
+
+    def __str__(self) -> str:
+        """The message, with what would break the line or move the cursor written out (`\\n`), and not too long."""
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+        return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)

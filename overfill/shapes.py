@@ -22,6 +22,8 @@ from overfill.errors import UserError
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 LARGEST_QUANTUM = 64
+LARGEST_SIZE = 10**15
+"""Upper bound of a size: beyond any model, and products of several are still floats."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +52,31 @@ class ModelShape:
     def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
         """Read a `transformers` config.
 
-        Raises UserError for an architecture outside `ARCHITECTURES`, a missing field."""
+        Raises UserError for an architecture outside `ARCHITECTURES`, a missing field, a size that is none."""
+        if not isinstance(config, Mapping):
+            raise UserError(f"{where}: not a mapping of fields; a transformers config.json is one")
         architecture = config.get("model_type")
         if architecture not in ARCHITECTURES:
             raise UserError(f"{where}: model_type {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            bias = bool(config.get("attention_bias", False))
-            return cls(
-                architecture=architecture,
-                hidden=hidden,
-                intermediate=int(config["intermediate_size"]),
-                layers=int(config["num_hidden_layers"]),
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                vocabulary=int(config["vocab_size"]),
-                tied=bool(config.get("tie_word_embeddings", False)),
-                attention_bias=architecture == "qwen2" or bias,
-                output_bias=architecture in ("llama", "qwen3") and bias,
-                mlp_bias=bool(config.get("mlp_bias", False)),
-                qk_norm=architecture == "qwen3",
-                max_positions=int(config.get("max_position_embeddings", 2048)),
-                sliding_window=_sliding_window(config),
-            )
-        except KeyError as error:
-            raise UserError(f"{where}: field {error} is missing; a transformers config.json has it") from error
+        hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
+        bias = bool(config.get("attention_bias", False))
+        return cls(
+            architecture=str(architecture),
+            hidden=hidden,
+            intermediate=_size(config, "intermediate_size", where),
+            layers=_size(config, "num_hidden_layers", where),
+            heads=heads,
+            kv_heads=_size(config, "num_key_value_heads", where, heads),
+            head_dim=_size(config, "head_dim", where, hidden // heads),
+            vocabulary=_size(config, "vocab_size", where),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=architecture == "qwen2" or bias,
+            output_bias=architecture in ("llama", "qwen3") and bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=architecture == "qwen3",
+            max_positions=_size(config, "max_position_embeddings", where, 2048),
+            sliding_window=_sliding_window(config, where),
+        )
 
     def parameters(self) -> int:
         """All parameters; a tied embedding counts once."""
@@ -200,9 +201,18 @@ def _widths_for_parameters(shape: ModelShape, target: int, where: str) -> Pruned
     return best
 
 
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
+def _size(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    """A size of a config: a whole number from 1 on. Left out or null, it is the default."""
+    value = default if config.get(name) in (None, 0) and default is not None else config.get(name)
+    if value is None:
+        raise UserError(f"{where}: field '{name}' is missing; a transformers config.json has it")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE:
+        raise UserError(f"{where}: {name} = {value!r} is no size; give a whole number, 1 or more")
+    return value
+
+
+def _sliding_window(config: Mapping[str, Any], where: str) -> int | None:
     """The window in tokens, if one is in use; Qwen configs carry the number beside a switch that is off."""
     if not config.get("use_sliding_window", config.get("model_type") == "mistral"):
         return None
-    window = config.get("sliding_window")
-    return int(window) if window else None
+    return _size(config, "sliding_window", where) if config.get("sliding_window") else None

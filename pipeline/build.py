@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.fingerprint import digest_file
 from pipeline.lease import BEAT, Lease, LeaseLost, acquire, attempt_folder
+from pipeline.notes import read_note, time_of
 from pipeline.record import (
     RECORD_FILE,
     FileEntry,
@@ -27,7 +28,6 @@ from pipeline.record import (
     libraries,
     payload_files,
     plain_metrics,
-    read_json,
     source_commit,
     sync,
     write_json,
@@ -146,8 +146,8 @@ class Build:
         )
 
     def _seconds_before(self) -> float:
-        outcomes = (read_json(path) for path in self.lease.folder.parent.glob(f"*/{OUTCOME_FILE}"))
-        return sum(outcome.get("seconds", 0.0) for outcome in outcomes if outcome)
+        notes = (read_note(path) for path in self.lease.folder.parent.glob(f"*/{OUTCOME_FILE}"))
+        return sum(time_of(note, "seconds") or 0.0 for note in notes)
 
     def fail(self, error: str) -> None:
         """The function raised: nothing is published, progress is kept."""
@@ -192,7 +192,7 @@ class Build:
 def _close_dead(attempt: Path, facts: Facts) -> None:
     """Write down how an attempt ended that could not say so itself."""
     if attempt.is_dir() and not (attempt / OUTCOME_FILE).exists():
-        begun = (read_json(attempt / ATTEMPT_FILE) or {}).get("started", 0.0)
+        begun = time_of(read_note(attempt / ATTEMPT_FILE), "started") or 0.0
         log_file = attempt / LOG_FILE
         # Its log is the last trace of it: a lower bound of how long it ran.
         last = log_file.stat().st_mtime if log_file.exists() else begun

@@ -6,6 +6,7 @@ used): those come from the machine and change no result. Validation raises and n
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -14,12 +15,14 @@ from overfill.config import Frozen, ImportanceConfig, PruneConfig
 from overfill.dial import dial
 from overfill.errors import UserError
 from pipeline.config_training import (
+    LARGEST,
     NOT_IDENTITY,
     Count,
     DistillConfig,
     DType,
     Name,
     PretrainConfig,
+    Seed,
     TeacherConfig,
     TokenizerConfig,
     TrainingConfig,
@@ -28,6 +31,8 @@ from pipeline.config_training import (
 __all__ = ["DistillConfig", "ExperimentConfig", "PretrainConfig", "TeacherConfig", "TokenizerConfig", "TrainingConfig"]
 
 Source = Literal["toy", "jsonl", "parquet", "hf"]
+TOY_SAMPLES = 10**8
+"""Most samples of a split of the toy corpus: a task makes 10,000 of them, and a driver holds the list of tasks."""
 ToyTask = Literal["get", "sort", "reverse", "shift", "add"]
 
 
@@ -78,9 +83,9 @@ class DataConfig(Frozen):
     """Held-out samples (assistant turns) to take at most."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of rows held out when the source has no test file or split."""
-    max_length: Annotated[int, Field(ge=8)] = 2048
+    max_length: Annotated[int, Field(ge=8, le=LARGEST)] = 2048
     """Longest sample in tokens, prompt and response together; longer ones are counted and left out."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the toy corpus and of the held-out choice."""
 
     @model_validator(mode="after")
@@ -91,6 +96,10 @@ class DataConfig(Frozen):
             raise ValueError("source `hf` needs `dataset` and `revision` (a commit of the dataset's repository)")
         if self.source == "toy" and not self.tasks:
             raise ValueError("source `toy` needs at least one of `tasks`")
+        if self.source == "toy" and max(self.train_samples or 0, self.test_samples) > TOY_SAMPLES:
+            raise ValueError(
+                f"source `toy` has at most {TOY_SAMPLES:,} samples; lower `train_samples` or `test_samples`"
+            )
         return self
 
 
@@ -128,7 +137,7 @@ class EvaluateConfig(Frozen):
         if value is not None:
             try:
                 groups = re.compile(value).groups
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a regular expression: {error}") from error
             if groups < 1:
                 raise ValueError("needs a group in parentheses around the answer")
@@ -250,18 +259,22 @@ class RangeConfig(Frozen):
         return self
 
 
+MOST_CELLS = 100_000
+"""Cells of a sweep: a slip in `axes` multiplies, and every cell is expanded before anything runs."""
+
+
 class SweepConfig(Frozen):
     """Which cells an experiment has: axes over any dotted path of this file."""
 
     axes: dict[str, tuple[Any, ...] | RangeConfig] = Field(default_factory=dict)
     """Dotted path -> values; a path may name a whole section. `random` search also takes a distribution."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Seeds of distillation (data order, random starts); every cell is run with each."""
     search: Literal["grid", "random"] = "grid"
     """All combinations, or `samples` random ones."""
     samples: Count = 8
     """Combinations drawn by `random` search."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random search."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What the sweep looks for."""
@@ -279,6 +292,12 @@ class SweepConfig(Frozen):
                 raise ValueError(f"axis `{path}`: an axis may not vary `sweep`, `name`, `seed` or `resources`")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError("`seeds` needs at least one seed, each once")
+        grid = math.prod(len(values) for values in self.axes.values() if not isinstance(values, RangeConfig))
+        cells = len(self.seeds) * (grid if self.search == "grid" else self.samples)
+        if cells > MOST_CELLS:
+            raise ValueError(
+                f"{cells:,} cells; a sweep has at most {MOST_CELLS:,}, so shorten `axes`, `seeds` or `samples`"
+            )
         return self
 
 
@@ -307,7 +326,7 @@ class ExperimentConfig(Frozen):
     """Axes; without it the file is one cell."""
     resources: Annotated[ResourcesConfig, Field(json_schema_extra=NOT_IDENTITY)] = ResourcesConfig()
     """What the stages run on."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of distillation; `sweep.seeds` overrides it."""
 
     @model_validator(mode="after")

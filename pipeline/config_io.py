@@ -1,7 +1,8 @@
 """YAML files to frozen configs: strict, with errors that name the file, the field, the value and the way out.
 
 PyYAML speaks YAML 1.1, where `no` is False and `1e-4` is a string; the loader here resolves scalars as YAML 1.2's core
-schema does, refuses a key given twice, and leaves the rest to the declared types.
+schema does, refuses a key given twice, and leaves the rest to the declared types. Before any value is made, the tree of
+nodes is checked: no tags that make objects, no aliases that grow without bounds, no key that is not a text.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from pydantic import BaseModel, ValidationError
 
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig
+from pipeline.paths import require_regular
 
 Config = TypeVar("Config", bound=BaseModel)
-_LARGEST_FILE = 4 * 2**20
+_LARGEST_FILE = 2**20
+_MOST_NODES = 200_000
+"""Values of a file with every alias written out."""
+_DEEPEST = 50
+"""Nesting of values, aliases written out."""
+_LONGEST_NUMBER = 40
+"""Digits of an integer; what is longer fits no field and no float."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,11 +67,60 @@ def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 
 def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node).replace("_", "")
+    if len(text) > _LONGEST_NUMBER:
+        raise _problem(node, f"a number of {len(text)} digits")
     return int(text, 16) if text.lower().startswith("0x") else int(text)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as a text: by YAML 1.1 the commit 4e10 is one."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _problem(node: yaml.Node, text: str) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+
+
+def _check(loader: _Loader, node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(values, depth) of a node with its aliases written out; MarkedYAMLError for what must not be made into values.
+
+    `sizes` remembers nodes by identity, so that an alias costs nothing here however much it stands for."""
+    known = sizes.get(id(node))
+    if known == (0, 0):
+        raise _problem(node, "an alias inside its own anchor")
+    if known is not None:
+        return known
+    sizes[id(node)] = (0, 0)
+    _check_node(loader, node)
+    parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+    found = [] if isinstance(node, yaml.ScalarNode) else [_check(loader, part, sizes) for part in parts]
+    size, depth = 1 + sum(size for size, _ in found), 1 + max((depth for _, depth in found), default=0)
+    if size > _MOST_NODES:
+        raise _problem(node, f"more than {_MOST_NODES:,} values, aliases written out")
+    if depth > _DEEPEST:
+        raise _problem(node, f"values nested more than {_DEEPEST} levels deep")
+    sizes[id(node)] = (size, depth)
+    return size, depth
+
+
+def _check_node(loader: _Loader, node: yaml.Node) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        expected = {"tag:yaml.org,2002:str", loader.resolve(yaml.ScalarNode, node.value, (True, False))}
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise _problem(node, "half of a surrogate pair, which is no character")
+    else:
+        expected = {loader.resolve(type(node), None, True)}
+    if node.tag not in expected:
+        raise _problem(node, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} does not fit; leave it out")
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            written = f"`{key.value}`" if isinstance(key, yaml.ScalarNode) else "that is a list or a mapping"
+            raise _problem(key, f"a key {written} is no text; write a field's name, or put it in quotes")
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -85,6 +142,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 def read_text(path: Path) -> str:
     """The file's text; UserError when there is none to read."""
     try:
+        require_regular(path)
         if path.stat().st_size > _LARGEST_FILE:
             raise UserError(f"{path}: larger than {_LARGEST_FILE >> 20} MiB, so it is not an experiment file")
         return path.read_text(encoding="utf-8")
@@ -106,13 +164,20 @@ def _siblings(path: Path) -> list[Path]:
 def parse_yaml(text: str, where: str) -> Any:
     """Plain values of a YAML text; UserError with line and column when it cannot be parsed."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with other scalar rules
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(loader, node, {})
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise UserError(f"{where}: not valid YAML: values nested more than {_DEEPEST} levels deep") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = " ".join(str(error.problem or error.context).split())
         raise UserError(f"{where}{place}: not valid YAML: {problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -146,7 +211,7 @@ def validate(model: type[Config], values: Any, where: str) -> Config:
 
 
 def _sentence(model: type[BaseModel], problem: dict[str, Any]) -> str:
-    path = [part for part in problem["loc"] if not (isinstance(part, str) and not re.fullmatch(r"[\w.-]+", part))]
+    path = _path_of(problem)
     dotted = ".".join(map(str, path)) or "the file"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
@@ -161,6 +226,18 @@ def _sentence(model: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] == "value_error" and isinstance(problem["input"], Mapping):
         return f"{dotted}: {message}" if path else message
     return f"{dotted} = {_show(problem['input'])}: {message[0].lower() + message[1:]}"
+
+
+def _path_of(problem: Mapping[str, Any]) -> list[Any]:
+    """Where a problem is, without pydantic's names for the members of a union (`function-before[...]`)."""
+    path = [part for part in problem["loc"] if _is_name(part)]
+    if problem["type"] == "extra_forbidden" and not _is_name(problem["loc"][-1]):
+        path.append(_show(problem["loc"][-1]))  # the user's own text, whatever it looks like
+    return path
+
+
+def _is_name(part: Any) -> bool:
+    return isinstance(part, int) or re.fullmatch(r"[\w.-]+", part) is not None
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
@@ -185,7 +262,7 @@ def _show(value: Any) -> str:
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """YAML text of plain values, keys in their order."""
-    return yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(json.loads(json.dumps(values)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def schema() -> dict[str, Any]:

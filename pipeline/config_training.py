@@ -11,7 +11,10 @@ from overfill.config import Frozen, LossConfig, Method, default_loss
 NOT_IDENTITY: dict[str, Any] = {"identity": False}
 """`json_schema_extra` of a field that never counts in a stage's identity."""
 
-Count = Annotated[int, Field(ge=1)]
+LARGEST = 10**15
+"""Upper bound of what is counted: more than any run can have, and small enough for products of several as floats."""
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 DType = Literal["fp32", "bf16"]
 
@@ -41,7 +44,7 @@ class TrainingConfig(Frozen):
     """Largest norm of the gradient; 0 leaves it alone."""
     dtype: DType = "fp32"
     """Weights and activations in training; under bf16 the optimizer keeps fp32 master weights."""
-    evaluate_every: Annotated[int, Field(ge=0)] = 100
+    evaluate_every: Annotated[int, Field(ge=0, le=LARGEST)] = 100
     """Optimizer steps between evaluations on held-out samples; 0 evaluates at the end only."""
     evaluate_samples: Count = 128
     """Held-out samples of an evaluation during training."""
@@ -55,7 +58,7 @@ class TrainingConfig(Frozen):
 class TokenizerConfig(Frozen):
     """The tokenizer of a teacher that is trained here."""
 
-    vocabulary: Annotated[int, Field(ge=300)] | None = None
+    vocabulary: Annotated[int, Field(ge=300, le=LARGEST)] | None = None
     """Entries of a byte-level BPE trained on the corpus; empty takes the toy corpus' character tokenizer."""
 
 
@@ -82,7 +85,7 @@ class PretrainConfig(TrainingConfig):
     """Its tokenizer."""
     prompt_loss: bool = False
     """Also learn to predict the prompt's tokens."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights and of the data order."""
 
     @model_validator(mode="after")

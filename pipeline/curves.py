@@ -14,13 +14,22 @@ reader makes of that:
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pipeline.paths import require_regular
+
+log = logging.getLogger(__name__)
+
 RATE_WINDOW = 20
+_STUMPS = 64
+"""Places in a line at which a point is looked for; a stump has two braces, and a line of braces alone has no end."""
+_LARGEST = 2**53
+"""Above every step, token count and time."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,12 @@ class Curve:
     def update(self) -> list[Point]:
         """Read what was appended since the last call; returns the new points in the order of the file."""
         try:
+            require_regular(self.path)
             stream = self.path.open("rb")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            log.warning("%s cannot be read: %s", self.path, error.strerror)
             return []
         with stream:
             stat = os.fstat(stream.fileno())
@@ -110,13 +123,14 @@ class Curve:
 
 
 def parse_line(line: bytes) -> Point | None:
-    """The point of one line, also behind the stump of a killed writer; None where there is none."""
-    start = line.find(b"{")
-    while start >= 0:
-        point = _point(line[start:])
-        if point is not None:
-            return point
+    """The point of one line, also behind the stumps of killed writers; None where there is none."""
+    start = -1
+    for _ in range(_STUMPS):
         start = line.find(b"{", start + 1)
+        if start < 0:
+            return None
+        if (point := _point(line[start:])) is not None:
+            return point
     return None
 
 
@@ -124,6 +138,8 @@ def _point(text: bytes) -> Point | None:
     try:
         raw: Any = json.loads(text)
         metrics = {str(name): float(value) for name, value in raw["metrics"].items()}
-        return Point(int(raw["step"]), int(raw["steps"]), int(raw["tokens"]), float(raw["time"]), metrics)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        point = Point(int(raw["step"]), int(raw["steps"]), int(raw["tokens"]), float(raw["time"]), metrics)
+        sane = all(0 <= value < _LARGEST for value in (point.step, point.steps, point.tokens, point.time))
+        return point if sane else None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None  # not a point: the caller counts it

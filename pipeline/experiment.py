@@ -18,6 +18,7 @@ from rich.console import Console
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig
 from pipeline.config_io import dump_yaml, load_experiment
+from pipeline.paths import local_path
 from pipeline.record import write_text
 from pipeline.resume import Action, plan
 from pipeline.stage import Stage
@@ -69,9 +70,10 @@ def _make_absolute(values: dict) -> None:
 
 def open_store(store: str | None) -> Store:
     """The store at `store`, `$OVERFILL_STORE` or ./runs. Raises UserError when it cannot be one."""
-    root = Path(store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE).expanduser().absolute()
-    if root.exists() and not root.is_dir():
-        raise UserError(f"--store {root}: is a file; give a folder")
+    given = store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
+    root = given if "://" in given else local_path(given, "--store")
+    if isinstance(root, Path) and os.path.lexists(root) and not root.is_dir():
+        raise UserError(f"--store {root}: is no folder; give one, or a place where one can be made")
     return Store(root)
 
 

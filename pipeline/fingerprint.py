@@ -23,6 +23,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from pipeline.paths import require_regular
+
 IDENTITY_LENGTH = 12
 """Hex digits of an identity: 48 bits, so a store of a million artifacts has a collision with odds of 1 in 500."""
 MAX_DEPTH = 64
@@ -110,7 +112,8 @@ def digest_tree(paths: Path | str | Sequence[Path | str]) -> str:
     A folder counts by the relative names and bytes of its files, a file by its name and bytes, and several paths by
     their order too, for the order of data files is the order of their rows. Hidden entries are left out: they belong
     to tools (`.git`, `.cache`, `.DS_Store`). Links to files are followed; a link to a folder raises ValueError, for
-    it may lead anywhere. Raises FileNotFoundError for a path that is not there."""
+    it may lead anywhere, and OSError is raised for a pipe or a device. Raises FileNotFoundError for a path that is not
+    there."""
     roots = [Path(paths)] if isinstance(paths, Path | str) else [Path(path) for path in paths]
     listing = [[[name, digest_file(file)] for name, file in tree_files(root)] for root in roots]
     return hashlib.sha256(canonical_json(listing).encode("ascii")).hexdigest()
@@ -131,5 +134,6 @@ def tree_files(root: Path) -> list[tuple[str, Path]]:
         for name in files:
             if not name.startswith("."):
                 file = Path(folder, name)
+                require_regular(file)
                 found.append((file.relative_to(root).as_posix(), file))
     return sorted(found)

@@ -20,8 +20,10 @@ from overfill.dial import NONE, dial
 from overfill.errors import UserError
 from overfill.shapes import ModelShape, PrunedWidths, resolve_widths
 from pipeline.config import DataConfig, ExperimentConfig, TeacherConfig
+from pipeline.corpus.sources import corpus_files
 from pipeline.fingerprint import digest_tree, identity_config
 from pipeline.machine import device_description
+from pipeline.paths import local_path
 from pipeline.record import libraries
 from pipeline.stage import External, Stage
 
@@ -89,11 +91,16 @@ def teacher_shape(config: ExperimentConfig) -> ModelShape:
         )
     if teacher.shape is not None:
         return ModelShape.from_config(teacher.shape, "teacher.shape")
-    return ModelShape.from_config(json.loads(_config_file(teacher).read_text(encoding="utf-8")), f"{teacher.model}")
+    file = _config_file(teacher)
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"teacher.model = {teacher.model}: its config.json cannot be read ({error})") from error
+    return ModelShape.from_config(values, f"teacher.model = {teacher.model}")
 
 
 def _config_file(teacher: TeacherConfig) -> Path:
-    folder = Path(str(teacher.model)).expanduser()
+    folder = local_path(str(teacher.model), "teacher.model")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"teacher.model = {folder}: no config.json there; give a transformers model folder")
@@ -120,9 +127,9 @@ def _stages(inputs: Iterable[Input]) -> list[Stage]:
 def _files(data: DataConfig) -> External | None:
     if data.path is None:
         return None
-    path = Path(data.path).expanduser().absolute()
-    if not path.exists():
-        raise UserError(f"data.path = {data.path}: no such file or folder; give a corpus file or its folder")
+    path = local_path(data.path, "data.path")
+    if data.source in ("jsonl", "parquet"):
+        corpus_files(path, data.source)  # before anything is read: a wrong folder may hold the whole disk
     return External("files", _content(path), None, str(path))
 
 
@@ -132,8 +139,9 @@ def _content(path: Path) -> str:
         raise UserError(f"{path}: is empty; put the corpus' or the model's files there")
     try:
         return digest_tree(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); give a folder that holds its files itself") from error
 
 
 def _tokenizer(config: ExperimentConfig, files: External | None) -> Input:
@@ -145,7 +153,7 @@ def _tokenizer(config: ExperimentConfig, files: External | None) -> Input:
         if config.data.source == "toy":
             settings["data"] = {"source": "toy"}
         return Stage("tokenizer", 1, settings, inputs, "pipeline.stages.tokenizer:run", config.data.source)
-    folder = Path(str(teacher.model)).expanduser().absolute()
+    folder = local_path(str(teacher.model), "teacher.model")
     if folder.is_dir():
         return External("model", _content(folder), None, str(folder))
     if teacher.revision is None:

@@ -23,6 +23,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -34,6 +35,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from pipeline.paths import require_regular
+
 log = logging.getLogger(__name__)
 
 BEAT = 5.0
@@ -41,6 +44,8 @@ BEAT = 5.0
 TTL = 90.0
 """Seconds without a moving heartbeat after which a lease is dead."""
 LEASE_FILE = "lease.json"
+_NUMBER = re.compile(r"[0-9]{4,9}")
+"""Name of an attempt's folder."""
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 """Errors of a rename that came too late: the number is taken, or its winner has cleared this contender away."""
 
@@ -173,7 +178,7 @@ def _write(descriptor: int, owner: Owner, count: int, over: bool = False) -> Non
 def newest_attempt(attempts: Path) -> int:
     """The highest attempt number; 0 when there is none."""
     try:
-        return max((int(path.name) for path in attempts.iterdir() if path.name.isdecimal()), default=0)
+        return max((int(path.name) for path in attempts.iterdir() if _NUMBER.fullmatch(path.name)), default=0)
     except (FileNotFoundError, NotADirectoryError):
         return 0
 
@@ -255,9 +260,12 @@ class Watch:
             return Sighting("free")
         file = attempt_folder(self.attempts, number) / LEASE_FILE
         try:
+            require_regular(file)
             raw, written = file.read_bytes(), file.stat().st_mtime
         except FileNotFoundError:
             return Sighting("dead", number, None, "its lease.json is gone")
+        except OSError as error:
+            return Sighting("dead", number, None, f"its lease.json cannot be read: {error.strerror}")
         owner, over = _parse(raw)
         if over:
             return Sighting("free", number, owner)
@@ -281,6 +289,10 @@ def _parse(raw: bytes) -> tuple[Owner | None, bool]:
     """(owner, over) of a lease file; (None, False) when it cannot be read, which leaves it to the heartbeat's clock."""
     try:
         body = json.loads(raw)
-        return Owner(**body["owner"]), body["state"] == "over"
-    except (ValueError, KeyError, TypeError):
+        owner = Owner(**body["owner"])
+        kinds = (owner.host, str), (owner.pid, int), (owner.started, int | None), (owner.token, str)
+        if not all(isinstance(value, kind) for value, kind in kinds) or not 0 < owner.pid < 2**31:
+            return None, False
+        return owner, body["state"] == "over"
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None, False

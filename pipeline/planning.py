@@ -7,6 +7,7 @@ from collections import Counter
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from overfill.shapes import ModelShape, PrunedWidths
 from pipeline.config import StageResources
@@ -42,7 +43,7 @@ def _student_table(experiment: Experiment) -> Table:
         methods = students.setdefault((cell.teacher, cell.shape, cell.widths), [])
         methods += [] if cell.method in methods else [cell.method]
     for (teacher, shape, widths), methods in students.items():
-        table.add_row(teacher, *_student_row(shape, widths), ", ".join(methods))
+        table.add_row(Text(teacher), *_student_row(shape, widths), ", ".join(methods))
     return table
 
 
@@ -69,11 +70,11 @@ def _stage_table(experiment: Experiment, actions: list[Action]) -> Table:
         cost = costs.get(action.stage.identity, Cost(None, None))
         table.add_row(
             action.stage.name,
-            action.stage.label,
+            Text(action.stage.label),
             f"[{STYLES[action.kind]}]{action.kind}[/]",
             NOTHING if cost.memory is None else size(cost.memory),
             NOTHING if cost.flops is None else f"{cost.flops:.2g}",
-            action.reason,
+            Text(action.reason),
         )
     return table
 

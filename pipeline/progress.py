@@ -213,10 +213,10 @@ def _status_row(view: CellView, now: Snapshot) -> list[Text | str]:
     stage = view.current
     state = Text(view.state, style=STYLES[view.state])
     if stage is None or view.state == "done":
-        return [view.cell.label, state, "", "", "", ""]
+        return [Text(view.cell.label), state, "", "", "", ""]
     loss = stage.metrics.get("train/loss")
     steps = f"{stage.step}/{stage.steps}" if stage.steps else ""
-    return [view.cell.label, state, stage.name, steps, "" if loss is None else f"{loss:.3f}", since(stage, now)]
+    return [Text(view.cell.label), state, stage.name, steps, "" if loss is None else f"{loss:.3f}", since(stage, now)]
 
 
 def failure_lines(now: Snapshot) -> list[Text]:

@@ -10,9 +10,9 @@ import uuid
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.fingerprint import digest_file
 
@@ -24,6 +24,10 @@ LIBRARIES = (
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic",
     "ray", "deepspeed", "mlflow", "datasets", "pyarrow", "lm_eval",
 )  # fmt: skip
+
+
+Seconds = Annotated[float, Field(ge=0.0, lt=1e11)]
+"""A time since the epoch or a duration; what is beyond was written by no clock."""
 
 
 class FileEntry(BaseModel):
@@ -70,13 +74,13 @@ class Record(BaseModel):
     """Host name."""
     attempt: int
     """Number of the attempt that finished it."""
-    started: float
+    started: Seconds
     """Start of that attempt, in seconds since the epoch."""
-    finished: float
+    finished: Seconds
     """End of it."""
-    seconds: float
+    seconds: Seconds
     """Duration of that attempt, of a clock that does not jump."""
-    seconds_all_attempts: float
+    seconds_all_attempts: Seconds
     """Duration of all attempts, those that failed included."""
 
     @property

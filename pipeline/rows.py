@@ -16,9 +16,11 @@ from overfill.errors import UserError
 from overfill.shapes import ModelShape
 from overfill.workload import EXACT, REFRESH
 from pipeline.curves import Curve
+from pipeline.fingerprint import digest_file
 from pipeline.graph import SYSTEM, ratio_label
 from pipeline.stage import External
 from pipeline.stages.folders import model_folder
+from pipeline.store import AlteredArtifact
 
 if TYPE_CHECKING:
     from pipeline.store import Store
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+_LARGEST = 1e15
+"""A record may have been edited: what is beyond is no measurement."""
 BENCHMARK = ("batch", "prompt", "output", "device")
 """The conditions of a cell's latency."""
 
@@ -109,6 +113,22 @@ def payload_of(cell: Cell, store: Store, name: str) -> Path | None:
     return None if stage is None or store.record(stage) is None else store.payload(stage)
 
 
+def file_of(cell: Cell, store: Store, name: str, file: str) -> Path | None:
+    """A file in the payload of the cell's stage of that name, None while there is no payload.
+
+    Raises AlteredArtifact for a file with another digest than its record says: what is compared is what was measured."""
+    stage = cell.stage(name)
+    record = None if stage is None else store.record(stage)
+    if stage is None or record is None:
+        return None
+    path = store.payload(stage) / file
+    if file not in record.files or digest_file(path) != record.files[file].sha256:
+        raise AlteredArtifact(
+            f"{path}: this file of an artifact was altered; restore it, or delete {path.parent.parent} and run again"
+        )
+    return path
+
+
 def latency_system(cell: Cell) -> str:
     """Which system of its benchmark a cell is."""
     stage = cell.stage("benchmark")
@@ -118,10 +138,10 @@ def latency_system(cell: Cell) -> str:
 
 def latency_row(cell: Cell, store: Store, system: str) -> dict[str, Any]:
     """The benchmark's numbers of one system at the first grid point, empty while there are none."""
-    folder = payload_of(cell, store, "benchmark")
-    if folder is None:
+    file = file_of(cell, store, "benchmark", "latency.json")
+    if file is None:
         return {}
-    measured = _read_json(folder / "latency.json")
+    measured = _read_json(file)
     found = next((entry for entry in measured["rows"] if entry["system"] == system), None)
     return {} if found is None else {**found, "device": measured["device"]}
 
@@ -129,7 +149,8 @@ def latency_row(cell: Cell, store: Store, system: str) -> dict[str, Any]:
 def _metrics(cell: Cell, store: Store, name: str) -> Mapping[str, Any]:
     stage = cell.stage(name)
     record = None if stage is None else store.record(stage)
-    return {} if record is None else record.metrics
+    numbers = {} if record is None else record.metrics
+    return {name: value for name, value in numbers.items() if isinstance(value, int | float) and abs(value) < _LARGEST}
 
 
 def _parameters(cell: Cell, store: Store) -> dict[str, float | int | None]:
@@ -185,7 +206,7 @@ def _train_seconds(cell: Cell, store: Store) -> float | None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove its stage folder and run the sweep again") from error
 
 

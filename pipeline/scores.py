@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.resampling import Scores
-from pipeline.rows import payload_of
+from pipeline.rows import file_of
 
 if TYPE_CHECKING:
     from pipeline.store import Store
@@ -31,10 +31,10 @@ def read_scores(cells: Iterable[Cell], store: Store) -> dict[str, dict[str, Scor
 def _held_out(cell: Cell, store: Store) -> Scores | None:
     import pyarrow.parquet as parquet
 
-    folder = payload_of(cell, store, "evaluate")
-    if folder is None:
+    path = file_of(cell, store, "evaluate", "samples.parquet")
+    if path is None:
         return None
     # Not read_table: that loads pyarrow.dataset, which loads pandas, which takes longer than everything else here.
-    with parquet.ParquetFile(folder / "samples.parquet") as file:
+    with parquet.ParquetFile(path) as file:
         table = file.read(columns=["sample", "correct"]).to_pydict()
     return dict(zip(table["sample"], map(float, table["correct"]), strict=True))

@@ -23,15 +23,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
 from overfill.errors import UserError
 from pipeline.difference import Nearest, differences
 from pipeline.lease import TTL, Sighting, Watch, attempt_folder
-from pipeline.record import RECORD_FILE, Record, read_json, write_json
-from pipeline.resume import Facts
+from pipeline.notes import read_note, text_of, time_of
+from pipeline.paths import require_regular
+from pipeline.record import RECORD_FILE, Record, write_json
+from pipeline.resume import Facts, Outcome
 from pipeline.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -87,11 +89,16 @@ class Store:
     def find(self, identity: str, name: str = "*") -> Path | None:
         """Folder of an identity whatever its label, or None. `name` narrows the search to one stage's folder."""
         claimed = self.root / ".claims" / identity
-        if claimed.is_symlink() and (folder := self.root / claimed.readlink()).is_dir():
-            return folder
+        if claimed.is_symlink() and self._is_artifact(claimed.readlink(), identity):
+            return self.root / claimed.readlink()
         found = [path for path in self._entries(name) if path.name.rpartition("_")[2] == identity and path.is_dir()]
         found.sort(key=lambda path: (not (path / "payload" / RECORD_FILE).exists(), path.name))
         return found[0] if found else None
+
+    def _is_artifact(self, place: Path, identity: str) -> bool:
+        """Whether a claim points at a folder of the store that is named by its identity: a link may say anything."""
+        inside = len(place.parts) == 2 and ".." not in place.parts and place.name.rpartition("_")[2] == identity
+        return inside and (self.root / place).is_dir()
 
     def folder(self, stage: Stage) -> Path:
         """The folder of a stage; where it would be, when it is not there."""
@@ -159,6 +166,7 @@ class Store:
         if not payload.exists():
             return None
         try:
+            require_regular(payload / RECORD_FILE)
             record = Record.model_validate_json((payload / RECORD_FILE).read_bytes())
             problems = record.problems(payload, full)
             if record.identity != identity:
@@ -167,6 +175,8 @@ class Store:
             problems = [f"{Path(error.filename or payload).name} is missing"]
         except ValidationError:
             problems = [f"{RECORD_FILE} is damaged"]
+        except OSError as error:
+            problems = [f"{RECORD_FILE} cannot be read: {error.strerror}"]
         if not problems:
             return record
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -185,10 +195,10 @@ class Store:
                 continue
             try:
                 there: Any = json.loads((folder / IDENTITY_FILE).read_bytes())["description"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                found = differences(there, wanted)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 log.warning("%s cannot be compared: %s", folder, error)
                 continue
-            found = differences(there, wanted)
             key = (len(found), -record.stat().st_mtime)
             if best is None or key < best[:2]:
                 best = (*key, Nearest(f"{stage.name}/{folder.name}", found))
@@ -212,21 +222,21 @@ class Store:
         except AlteredArtifact as error:
             artifact, problem = "altered", str(error)
         last = attempt_folder(folder / "attempts", seen.attempt)
-        outcome = _note(last / OUTCOME_FILE) if seen.attempt else {}
-        died = not outcome and seen.state != "held" and seen.attempt > 0
-        stopped = _note(folder / "progress" / STOPPED_FILE)
+        note = read_note(last / OUTCOME_FILE) if seen.attempt else {}
+        outcome = next((known for known in get_args(Outcome) if note.get("status") == known), None)
+        died = outcome is None and seen.state != "held" and seen.attempt > 0
         return Facts(
             artifact=artifact,
             problem=problem,
             lease=seen.state,
             holder=_holder(seen),
             attempt=seen.attempt,
-            outcome="interrupted" if died else outcome.get("status"),
-            error=(seen.why or "it ended without a word") if died else outcome.get("error", ""),
+            outcome="interrupted" if died else outcome,
+            error=(seen.why or "it ended without a word") if died else text_of(note, "error"),
             log=str(last / LOG_FILE) if seen.attempt else "",
-            ended=outcome.get("ended", 0.0),
+            ended=time_of(note, "ended") or 0.0,
             checkpoint=newest_checkpoint(folder / "progress"),
-            stopped=stopped.get("reason", ""),
+            stopped=text_of(read_note(folder / "progress" / STOPPED_FILE), "reason"),
             nearest=self.nearest(stage) if explain and artifact == "missing" and seen.state != "held" else None,
         )
 
@@ -275,15 +285,6 @@ class Store:
             if below in ("running", "waiting"):
                 return "waiting", f"waits for: {source.name}"
         return "missing", "nothing yet"
-
-
-def _note(path: Path) -> dict[str, Any]:
-    """A small file about an attempt; empty when it is not there. A damaged one is no reason to stop: it is said."""
-    try:
-        return read_json(path) or {}
-    except ValueError as error:
-        log.warning("%s is damaged (%s) and is taken as not there", path, error)
-        return {}
 
 
 def _holder(seen: Sighting) -> str:

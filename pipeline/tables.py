@@ -96,17 +96,19 @@ def print_report(report: Report, console: Console) -> None:
 
 def _print_indented(console: Console, label: str, text: str) -> None:
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     grid = RichTable.grid(padding=(0, 2))
     grid.add_column(min_width=7, style="dim")
     grid.add_column(overflow="fold")
-    grid.add_row(f"  {label}", text)
+    grid.add_row(Text(f"  {label}"), Text(text))
     console.print(grid, markup=False, highlight=False)
 
 
 def _print_table(given: Table, console: Console) -> None:
     from rich import box
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     table = _narrowed(given if console.width >= 100 else given.without(WIDE))
     gap = (0, 0) if "variant" in given.columns else (0, 1)  # the lines below a method take more room
@@ -122,7 +124,7 @@ def _print_table(given: Table, console: Console) -> None:
             max_width=14 if column in ("method", "ratio") else None,
         )
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     console.print(table.title, style="bold", markup=False, highlight=False)
     console.print(shown)
     console.print()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.curves import Curve
 from pipeline.lease import attempt_folder
-from pipeline.record import read_json
+from pipeline.notes import read_note, time_of
 from pipeline.store import ATTEMPT_FILE, OUTCOME_FILE, Status, Store
 
 if TYPE_CHECKING:
@@ -226,8 +226,8 @@ def _times(status: Status) -> tuple[float | None, float | None]:
     if not status.attempt:
         return None, None
     attempt = attempt_folder(status.folder / "attempts", status.attempt)
-    started = (read_json(attempt / ATTEMPT_FILE) or {}).get("started")
-    return started, started if status.state == "running" else (read_json(attempt / OUTCOME_FILE) or {}).get("ended")
+    started = time_of(read_note(attempt / ATTEMPT_FILE), "started")
+    return started, started if status.state == "running" else time_of(read_note(attempt / OUTCOME_FILE), "ended")
 
 
 def snapshot(store: Store, cells: Sequence[Cell]) -> Snapshot:

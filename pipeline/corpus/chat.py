@@ -40,6 +40,8 @@ PLAIN_TEMPLATE = (
 
 _PROBE = "overfillprobe"
 _CACHED_TOKENIZERS = 4
+_CHARACTERS = 1024
+"""Characters of a token: more than any vocabulary has in one."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class ChatEncoder:
                 prompt = self._render(conversation[:turn], message)
                 if isinstance(prompt, RowError):
                     results[number].append(prompt)
+                elif (length := len(prompt) + len(message["content"])) > self.max_length * _CHARACTERS:
+                    # Tokenising ten megabytes only to leave them out would take half a minute.
+                    reason = f"{length:,} characters; data.max_length is {self.max_length} tokens"
+                    results[number].append(RowError("too_long", reason))
                 else:
                     jobs.append((number, prompt, message["content"]))
         prompts, responses = self._ids([job[1] for job in jobs]), self._ids([job[2] for job in jobs])
@@ -144,11 +150,9 @@ class ChatEncoder:
 
 def render(tokenizer: PreTrainedTokenizerBase, before: Sequence[Message]) -> str | RowError:
     """The prompt as text, up to and including the generation prompt, or why the template refuses it."""
-    import jinja2
-
     try:
         return str(tokenizer.apply_chat_template(list(before), add_generation_prompt=True, tokenize=False))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is its author's program: it may raise anything
         return RowError("template", _first_line(error))
 
 
@@ -158,12 +162,10 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises:
         UserError: the template fails on a plain exchange, or nothing ends a turn.
     """
-    import jinja2
-
     exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
     try:
         text = str(tokenizer.apply_chat_template(exchange, tokenize=False))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # as in `render`
         raise UserError(
             f"tokenizer {tokenizer.name_or_path}: its chat template fails on a plain exchange ({_first_line(error)}); "
             "give a working one in `data.chat_template`"

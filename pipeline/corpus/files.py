@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def _begins_with_array(path: str) -> bool:
         file = gzip.open(raw) if path.endswith(".gz") else raw  # noqa: SIM115 - closed with raw
         try:
             return file.read(4096).lstrip().startswith(b"[")
-        except (EOFError, OSError):
+        except (EOFError, OSError, zlib.error):
             return False  # a broken archive: reading it says so
 
 

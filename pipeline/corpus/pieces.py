@@ -11,6 +11,7 @@ corpora). A Parquet file is cut into its row groups.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import zlib
@@ -29,6 +30,8 @@ TOY_PIECE = 10_000
 """Samples in a piece of the toy corpus."""
 _PARQUET_BATCH = 256
 _ARRAY_BYTES = 2**30
+LONGEST_LINE = 64 * 2**20
+"""Bytes of a line; a file without line ends must not be read as one row."""
 
 Row = Any
 """What a corpus has in a row: a mapping if it is sound, or a `RowError` for a line that cannot be parsed."""
@@ -66,20 +69,16 @@ class LinesPiece:
     stop: int | None = None
 
     def rows(self) -> Iterator[Row]:
-        with open_binary(self.path) as file:
+        with _readable(self.path), open_binary(self.path) as file:
             if self.path.endswith(".gz"):
-                yield from _unzipped_rows(file, self.path)
+                with gzip.open(file) as unzipped:
+                    yield from map(parse_line, _lines(unzipped))
                 return
             if self.start:
                 # A line that begins before `start` belongs to the piece before, also if it ends exactly there.
                 file.seek(self.start - 1)
-                file.readline()
-            while self.stop is None or file.tell() < self.stop:
-                line = file.readline()
-                if not line:
-                    return
-                if line.strip():
-                    yield parse_line(line)
+                _skip_line(file)
+            yield from map(parse_line, _lines(file, self.stop))
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class ArrayPiece:
     path: str
 
     def rows(self) -> Iterator[Row]:
-        with open_binary(self.path) as raw:
+        with _readable(self.path), open_binary(self.path) as raw:
             file = gzip.open(raw) if self.path.endswith(".gz") else raw  # noqa: SIM115 - closed with raw
             text = file.read(_ARRAY_BYTES + 1)
         if len(text) > _ARRAY_BYTES:
@@ -98,10 +97,12 @@ class ArrayPiece:
             )
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{self.path}: not a JSON array ({error}); mend the file or write it as JSON lines"
             ) from error
+        if not isinstance(rows, list):
+            raise UserError(f"{self.path}: not a JSON array; mend the file or write it as JSON lines")
         yield from rows
 
 
@@ -116,7 +117,7 @@ class ParquetPiece:
     def rows(self) -> Iterator[Row]:
         import pyarrow.parquet as pq
 
-        with open_binary(self.path) as file, pq.ParquetFile(file) as parquet:
+        with _readable(self.path), open_binary(self.path) as file, pq.ParquetFile(file) as parquet:
             columns = None
             if self.columns is not None:
                 columns = [name for name in self.columns if name in parquet.schema_arrow.names]
@@ -158,17 +159,42 @@ def open_binary(path: str) -> IO[bytes]:
 
 def parse_line(line: bytes) -> Row:
     """A JSON line as a row, or the reason why it is none."""
+    if len(line) > LONGEST_LINE:
+        return RowError("malformed", f"a line of more than {LONGEST_LINE >> 20} MiB")
     try:
         return json.loads(line)
+    except RecursionError:
+        return RowError("malformed", "not JSON that can be read: nested too deeply")
     except ValueError as error:  # UnicodeDecodeError is one, too
         return RowError("malformed", f"not JSON: {error}")
 
 
-def _unzipped_rows(file: IO[bytes], path: str) -> Iterator[Row]:
+def _lines(file: IO[bytes], stop: int | None = None) -> Iterator[bytes]:
+    """The lines that are not blank and begin before `stop`; a line that is too long is cut just above the limit."""
+    while stop is None or file.tell() < stop:
+        line = file.readline(LONGEST_LINE + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            _skip_line(file)
+        if line.strip():
+            yield line
+
+
+def _skip_line(file: IO[bytes]) -> None:
+    """Go to the next line, holding no more than a part of this one."""
+    while (part := file.readline(2**20)) and not part.endswith(b"\n"):
+        pass
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Turn what a file's reader raises about a damaged file into a UserError that names it."""
     try:
-        with gzip.open(file) as lines:
-            for line in lines:
-                if line.strip():
-                    yield parse_line(line)
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be unpacked ({error}); copy the file again") from error
+        yield
+    except UserError:
+        raise
+    except (EOFError, OSError, ValueError, zlib.error) as error:  # Arrow's errors are ValueErrors and OSErrors
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:160] if lines else type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason}); is the file whole? Copy it again") from error

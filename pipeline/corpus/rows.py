@@ -77,7 +77,13 @@ def field_names(row: object) -> str:
     """The field names of a row, for an error message."""
     if not isinstance(row, Mapping):
         return f"none ({type(row).__name__})"
-    return ", ".join(str(name) for name in list(row)[:12]) or "none"
+    return ", ".join(_short(name) for name in list(row)[:12]) or "none"
+
+
+def _short(value: object) -> str:
+    """A value of a row for a message: not too long, and with nothing in it that cannot be written as UTF-8."""
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def belongs_to_test(conversation: Sequence[Message], held_out: float, seed: int) -> bool:
@@ -123,7 +129,7 @@ def _message(turn: object) -> Message:
         raise RowError("malformed", f"a turn must have `role` and `content`, got {type(turn).__name__}")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise RowError("malformed", f"unknown role {role!r}; known: {', '.join(_ROLES)}")
+        raise RowError("malformed", f"unknown role {_short(repr(role))}; known: {', '.join(_ROLES)}")
     content = turn["content"] if "content" in turn else turn.get("value")
     return {"role": _ROLES[role.lower()], "content": _text(content, "content")}
 
@@ -131,9 +137,18 @@ def _message(turn: object) -> Message:
 def _text(value: object, what: str) -> str:
     """Text without surrounding white space: a prompt ends, and an answer begins, where the template says."""
     if isinstance(value, str):
-        return value.strip()
+        return _sound(value.strip(), what)
     if isinstance(value, Sequence):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
         if all(isinstance(part, str) for part in parts):
-            return "".join(str(part) for part in parts).strip()
+            return _sound("".join(str(part) for part in parts).strip(), what)
     raise RowError("malformed", f"{what} must be text, got {type(value).__name__}")
+
+
+def _sound(text: str, what: str) -> str:
+    """JSON may hold halves of surrogate pairs (`"\\ud83d"`), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("malformed", f"{what} holds half of a surrogate pair, which is no character") from error
+    return text

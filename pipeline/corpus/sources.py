@@ -19,6 +19,7 @@ from pipeline.corpus.files import LINE_SUFFIXES, PARQUET_SUFFIXES, pieces_of_fil
 from pipeline.corpus.pieces import TOY_PIECE, Piece, ToyPiece
 from pipeline.corpus.rows import Message, RowError, RowForm, belongs_to_test
 from pipeline.corpus.toy import Split
+from pipeline.paths import local_path
 
 TOY_TRAIN_SAMPLES = 20_000
 
@@ -105,7 +106,7 @@ def open_source(config: DataConfig) -> CorpusSource:
         test = hub_pieces(config, config.test_split, form) if config.test_split else None
     else:
         name = f"data.path = {config.path}"
-        files = _files(Path(str(config.path)).expanduser(), config.source)
+        files = corpus_files(local_path(str(config.path), "data.path"), config.source)
         train = pieces_of_files(files["train"], form)
         test = pieces_of_files(files["test"], form) if files["test"] else None
     return CorpusSource(name, train, test, form, config.held_out, config.seed)
@@ -116,10 +117,20 @@ def _toy_pieces(config: DataConfig, split: Split, count: int) -> tuple[Piece, ..
     return tuple(ToyPiece(config.tasks, config.seed, split, i, min(i + TOY_PIECE, count)) for i in starts)
 
 
+def corpus_files(path: Path, source: str) -> dict[Split, list[str]]:
+    """Training and test files of an absolute path (workers have other working folders).
+
+    Raises:
+        UserError: there is none, or it cannot be looked at.
+    """
+    try:
+        return _files(path, source)
+    except OSError as error:
+        raise UserError(f"data.path = {path}: cannot be read ({error.strerror}); give a {source} file") from error
+
+
 def _files(path: Path, source: str) -> dict[Split, list[str]]:
-    """Training and test files of a path, as absolute paths (workers have other working folders)."""
     suffixes = LINE_SUFFIXES if source == "jsonl" else PARQUET_SUFFIXES
-    path = path.absolute()
     if path.is_file():
         if not path.name.endswith(suffixes):
             raise UserError(f"data.path = {path}: not a {source} file; its name must end in {', '.join(suffixes)}")

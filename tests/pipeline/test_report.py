@@ -253,7 +253,7 @@ def test_a_result_that_cannot_be_read_names_its_file(synthetic: SyntheticStore) 
     synthetic.finish(cells[0])
     path = synthetic.store.payload(cells[0].stage("benchmark")) / "latency.json"  # type: ignore[arg-type]
     path.write_text("{" + path.read_text()[1:-1] + " ")  # the size is kept, so that the store's check passes
-    with pytest.raises(UserError, match="latency.json: cannot be read"):
+    with pytest.raises(UserError, match="latency.json: this file of an artifact was altered"):
         rows(cells, synthetic.store)
 
 
