@@ -18,6 +18,7 @@ enter the cache, after norms and rotary embedding; the cache handed to the model
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from overfill.shapes import PrunedWidths
 
 Across = Literal["l2", "mean"]
 FORMAT = "overfill-importance-1"
+_DESCRIPTION = "description"
+"""The only entry of the file's metadata."""
 _SUMS = ("hidden_sum", "intermediate_sum", "kv_sum", "samples", "tokens")
 
 
@@ -68,10 +71,11 @@ class ImportanceScores:
         return KeptChannels(_top(self.hidden, widths.hidden), _top(self.intermediate, widths.intermediate))
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file, the same bytes for the same scores."""
         metadata = {"format": FORMAT, "samples": str(self.samples), "tokens": str(self.tokens), "across": self.across}
         tensors = {name: getattr(self, name).contiguous() for name in ("hidden", "intermediate", "kv_second_moment")}
-        save_file(tensors, path, metadata=metadata)
+        # One entry: safetensors writes several in an order of its own each time.
+        save_file(tensors, path, metadata={_DESCRIPTION: json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: Path) -> ImportanceScores:
@@ -239,10 +243,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
+            if _DESCRIPTION in metadata:  # else it was written when each value had an entry of its own
+                metadata = json.loads(metadata[_DESCRIPTION])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; run the importance stage first") from error
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: torn or not a safetensors file ({error}); run the importance stage again") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: format {metadata.get('format')!r}, wanted {FORMAT!r}; run the importance stage again")

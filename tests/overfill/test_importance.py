@@ -231,6 +231,21 @@ def test_scores_come_back_from_their_file(llama: PreTrainedModel, tmp_path: Path
     assert (loaded.samples, loaded.tokens, loaded.across) == (2, 8, "mean")
 
 
+def test_equal_scores_are_equal_files_and_those_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    scores, path = scores_of([1.0, 2.0], [[1.0]]), tmp_path / "scores.safetensors"
+    written = set()
+    for _ in range(8):
+        scores.save(path)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    earlier = {"format": "overfill-importance-1", "samples": "3", "tokens": "40", "across": "mean"}
+    save_file(load_file(path), path, metadata=earlier)
+    loaded = ImportanceScores.load(path)
+    assert (loaded.hidden.tolist(), loaded.samples, loaded.tokens, loaded.across) == ([1.0, 2.0], 3, 40, "mean")
+
+
 def test_missing_torn_and_foreign_score_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
     with pytest.raises(UserError, match="no such file"):
