@@ -220,10 +220,10 @@ def _outside_of_artifacts(store: Store, alive: bool) -> Iterator[Garbage]:
     for path in sorted((store.root / "sweeps").glob("*/.*")):
         if _is_temporary(path) and _age(path) > STALE_S:
             yield _garbage(path, "half a file of a killed writer")
-    for path in sorted((store.root / "tune").glob("run-*")):
-        # A living Tune writes its state every few seconds.
+    for path in sorted((store.root / "tune").glob("[ir]*-*")):
+        # A living Tune writes its state every few seconds; a request to end (`interrupt-...`) is over in a minute.
         if not alive and min(map(_age, (path, *path.rglob("*")))) > STALE_S:
-            yield _garbage(path, "Ray Tune's folder of a run that has ended")
+            yield _garbage(path, "of a run that has ended")
 
 
 def _is_temporary(path: Path) -> bool:

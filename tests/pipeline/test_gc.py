@@ -226,16 +226,17 @@ def test_leftovers_of_killed_processes_can_go_and_what_is_young_or_in_use_stays(
         store.root / "tune" / "run-1" / "state.json",
         store.root / gc.TRASH / f"{random}-x" / "file",
     ]
+    garbage.append(store.root / "tune" / "interrupt-1")
     sound = [sweep / f".table.md.{uuid.uuid4().hex}", store.root / "tune" / "run-2" / "state.json", folder / ".nfs0001"]
     for path in (*garbage, *sound):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1234")
     (folder / f".lease.json-{random}").symlink_to("attempts/0001/lease.json")
-    for path in (sweep / f".mlflow.json.{random}", garbage[6], garbage[6].parent):
+    for path in (sweep / f".mlflow.json.{random}", garbage[6], garbage[6].parent, garbage[8]):
         os.utime(path, (time.time() - 2 * gc.STALE_S,) * 2)
     found = {one.path for one in gc.collect(store)}
     roots = {garbage[0].parent, garbage[1].parent, garbage[6].parent, garbage[7].parent}
-    assert found == roots | set(garbage[2:6]) | {folder / f".lease.json-{random}"}
+    assert found == roots | {*garbage[2:6], garbage[8]} | {folder / f".lease.json-{random}"}
     delete(store)
     assert not any(path.exists() for path in garbage)
     assert all(path.exists() for path in sound)
