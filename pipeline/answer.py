@@ -9,6 +9,7 @@ from typing import Any
 from overfill.dial import EXACT, dial
 from overfill.errors import UserError
 from pipeline.stages.folders import model_folder, tokenizer_folder
+from pipeline.store import verify_model
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def answer(
     folder, options = model_folder(Path(model).expanduser()), sampling.options()
     if not prompt:
         raise UserError('the prompt is empty; give a text, for example: overfill generate FOLDER "sort: dbca"')
+    verify_model(folder)
     import torch
     from transformers import AutoTokenizer, TextStreamer
 

@@ -27,6 +27,7 @@ from pipeline.bench_table import print_conditions, print_point
 from pipeline.machine import cpu_description, gpu_description
 from pipeline.record import libraries, source_commit
 from pipeline.stages.folders import model_folder
+from pipeline.store import verify_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,6 +123,8 @@ def check(request: BenchRequest) -> Bench:
     points = grid(batches, prompts, numbers("--output", request.output, least=2), request.dtype)
     shape = None if request.shape is None else named_shape(request.shape)
     student = None if request.student is None else model_folder(Path(request.student).expanduser())
+    if student is not None:
+        verify_model(student)
     names = None if request.systems is None else words("--systems", request.systems)
     refresh = _refresh(request.refresh)
     systems = chosen_systems(names, points, refresh, student=shape is None or shape.widths is not None)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.fingerprint import digest_file
+from pipeline.fingerprint import digest_file, remember_digest
 from pipeline.lease import BEAT, Lease, LeaseLost, acquire, attempt_folder
 from pipeline.notes import read_note, time_of
 from pipeline.record import (
@@ -35,7 +35,7 @@ from pipeline.record import (
 )
 from pipeline.resume import Facts, Outcome
 from pipeline.stage import Stage
-from pipeline.store import ATTEMPT_FILE, LOG_FILE, OUTCOME_FILE, STOPPED_FILE, Store
+from pipeline.store import ATTEMPT_FILE, LOG_FILE, OUTCOME_FILE, STOPPED_FILE, AlteredArtifact, Store
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class Build:
     def begin(cls, store: Store, stage: Stage, facts: Facts, resources: Any = None, beat: float = BEAT) -> Build | None:
         """Take the lease of the next attempt; None when another process was faster or has published meanwhile.
 
-        What dead attempts left behind is cleared: their outcome is written down, their staging folders removed."""
+        What dead attempts left behind is cleared: their outcome is written down, their staging folders removed. An
+        altered payload is renamed to `altered-<attempt>`, for people to look at."""
         folder = store.create(stage)
         lease = acquire(folder / "attempts", facts.attempt, beat)
         if lease is None:
@@ -77,6 +78,7 @@ class Build:
             build.started, build.clock = time.time(), time.monotonic()
             content = {"started": build.started, "host": socket.gethostname(), "pid": os.getpid()}
             write_json(lease.folder / ATTEMPT_FILE, content | {"resources": _plain(resources)})
+            _set_altered_aside(store, stage, folder, lease)
             if (folder / "payload").exists():
                 build._end("interrupted", "an earlier attempt has published meanwhile")
                 lease.release()
@@ -110,6 +112,8 @@ class Build:
             self.staging.rename(self.folder / "payload")
         except OSError as error:
             raise LeaseLost(f"{self.folder}: its payload was published or its staging removed meanwhile") from error
+        for name, entry in record.files.items():
+            remember_digest(self.folder / "payload" / name, entry.sha256)
         sync(self.folder)
         self._end("done")
         for folder in self.progress.iterdir():
@@ -143,7 +147,7 @@ class Build:
             finished=finished,
             seconds=seconds,
             seconds_all_attempts=seconds + self._seconds_before(),
-        )
+        ).sealed()
 
     def _seconds_before(self) -> float:
         notes = (read_note(path) for path in self.lease.folder.parent.glob(f"*/{OUTCOME_FILE}"))
@@ -187,6 +191,16 @@ class Build:
             "seconds": time.monotonic() - self.clock,
         }
         write_json(self.lease.folder / OUTCOME_FILE, content)
+
+
+def _set_altered_aside(store: Store, stage: Stage, folder: Path, lease: Lease) -> None:
+    """Make room for a whole payload. Under the lease, so that nobody's good one is meant."""
+    try:
+        store.record(stage)
+    except AlteredArtifact as error:
+        aside = folder / f"altered-{lease.folder.name}"
+        (folder / "payload").rename(aside)
+        log.warning("%s; it is set aside as %s", error, aside)
 
 
 def _close_dead(attempt: Path, facts: Facts) -> None:

@@ -34,6 +34,7 @@ Server = Annotated[
     str | None, typer.Option("--address", help="The cluster's job server; http://127.0.0.1:8265 when left out.")
 ]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's name, or its experiment's.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Also read every byte of what is there and check its digest.")]
 Continue = Annotated[bool, typer.Option("--continue-stopped", help="Also take up cells that were stopped early.")]
 
 
@@ -65,22 +66,22 @@ def resume(
 
 
 @app.command()
-def plan(file: File, overrides: Overrides = None, store: StoreOption = None) -> None:
+def plan(file: File, overrides: Overrides = None, store: StoreOption = None, verify: Verify = False) -> None:
     """Say what would run, be reused or resumed, and why; parameters, memory, cost. Runs nothing."""
     from pipeline.experiment import open_store, read_experiment
     from pipeline.planning import print_plan
 
-    print_plan(read_experiment(file, overrides or ()), open_store(store), Console())
+    print_plan(read_experiment(file, overrides or ()), open_store(store, verify), Console())
 
 
 @app.command()
-def status(name: Name = None, store: StoreOption = None) -> None:
+def status(name: Name = None, store: StoreOption = None, verify: Verify = False) -> None:
     """Show where every cell of an experiment stands."""
     from pipeline.experiment import known_experiment, open_store
     from pipeline.progress import print_status
     from pipeline.watch import snapshot
 
-    here = open_store(store)
+    here = open_store(store, verify)
     experiment = known_experiment(here, name)
     print_status(experiment.name, snapshot(here, experiment.cells), Console())
 

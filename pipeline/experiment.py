@@ -23,7 +23,7 @@ from pipeline.record import write_text
 from pipeline.resume import Action, plan
 from pipeline.stage import Stage
 from pipeline.store import Store
-from pipeline.sweep import Cell, expand
+from pipeline.sweep import Cell, expand, to_build
 
 if TYPE_CHECKING:
     from pipeline.cluster import Capacity
@@ -68,13 +68,15 @@ def _make_absolute(values: dict) -> None:
         teacher["model"] = str(Path(teacher["model"]).expanduser().absolute())
 
 
-def open_store(store: str | None) -> Store:
-    """The store at `store`, `$OVERFILL_STORE` or ./runs. Raises UserError when it cannot be one."""
+def open_store(store: str | None, verify: bool = False) -> Store:
+    """The store at `store`, `$OVERFILL_STORE` or ./runs, of which `verify` reads every byte.
+
+    Raises UserError when it cannot be one."""
     given = store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
     root = given if "://" in given else local_path(given, "--store")
     if isinstance(root, Path) and os.path.lexists(root) and not root.is_dir():
         raise UserError(f"--store {root}: is no folder; give one, or a place where one can be made")
-    return Store(root)
+    return Store(root, verify=verify)
 
 
 def read_experiment(file: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -103,9 +105,12 @@ def known_experiment(store: Store, name: str | None) -> Experiment:
 
 
 def planned(experiment: Experiment, store: Store, explain: bool = True, continue_stopped: bool = False) -> list[Action]:
-    """What running the experiment would do."""
-    facts = store.gather(experiment.leaves, explain=explain)
-    return plan(experiment.leaves, facts, experiment.leaves, continue_stopped=continue_stopped)
+    """What running the experiment would do: make the results, and anew what was altered on the way to them."""
+    stages = {stage.identity: stage for cell in experiment.cells for stage in cell.stages}
+    leaves = experiment.leaves
+    targets = leaves + [stage for stage in stages.values() if stage not in leaves and store.is_altered(stage)]
+    facts = store.gather(targets, explain=explain)
+    return plan(targets, facts, targets, continue_stopped=continue_stopped)
 
 
 def is_done(experiment: Experiment, store: Store) -> bool:
@@ -173,7 +178,7 @@ def _accuracy_then_latency(
         alive = [
             cell for cell in experiment.cells if cell.index not in outcomes or outcomes[cell.index].state == "done"
         ]
-        missing = [cell for cell in alive if store.record(cell.stage(leaf)) is None]
+        missing = [cell for cell in alive if to_build(cell, (leaf,), store)]
         if missing and not interruption.requested():
             at_once = concurrent_cells(config, has, len(missing))
             asha = config.sweep.asha if leaf == "evaluate" else None  # nothing is trained for a latency

@@ -106,6 +106,33 @@ def digest_file(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def digest_once(path: Path | str) -> str:
+    """As `digest_file`, and free for a file that this process has digested before and that was not written since: by
+    its place, inode, size and time of modification."""
+    key = _file_key(path)
+    if key not in _digests:
+        _digests[key] = digest_file(path)
+    return _digests[key]
+
+
+def known_digest(path: Path | str) -> str | None:
+    """What `digest_once` would give for free; None where it would have to read."""
+    return _digests.get(_file_key(path))
+
+
+def remember_digest(path: Path | str, digest: str) -> None:
+    """Spare `digest_once` the reading of a file whose digest is known."""
+    _digests[_file_key(path)] = digest
+
+
+_digests: dict[tuple[str, int, int, int], str] = {}
+
+
+def _file_key(path: Path | str) -> tuple[str, int, int, int]:
+    found = Path(path).stat()
+    return (str(Path(path).absolute()), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 def digest_tree(paths: Path | str | Sequence[Path | str]) -> str:
     """SHA-256, in hex, of the content of files and folders, wherever they lie.
 
@@ -115,7 +142,7 @@ def digest_tree(paths: Path | str | Sequence[Path | str]) -> str:
     it may lead anywhere, and OSError is raised for a pipe or a device. Raises FileNotFoundError for a path that is not
     there."""
     roots = [Path(paths)] if isinstance(paths, Path | str) else [Path(path) for path in paths]
-    listing = [[[name, digest_file(file)] for name, file in tree_files(root)] for root in roots]
+    listing = [[[name, digest_once(file)] for name, file in tree_files(root)] for root in roots]
     return hashlib.sha256(canonical_json(listing).encode("ascii")).hexdigest()
 
 

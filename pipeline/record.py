@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,9 +15,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.fingerprint import digest_file
+from pipeline.fingerprint import digest_once, known_digest
 
-FORMAT = 1
+FORMAT = 2
+"""1: without a digest of the record itself."""
 RECORD_FILE = "record.json"
 COMMIT_VARIABLE = "OVERFILL_COMMIT"
 """What the source was made of, where it runs outside its repository: set by whoever sends it there."""
@@ -82,6 +84,16 @@ class Record(BaseModel):
     """Duration of that attempt, of a clock that does not jump."""
     seconds_all_attempts: Seconds
     """Duration of all attempts, those that failed included."""
+    digest: str = ""
+    """SHA-256 of everything above; empty in format 1."""
+
+    def sealed(self) -> Record:
+        """The same record with its digest."""
+        return self.model_copy(update={"digest": self._digest()})
+
+    def _digest(self) -> str:
+        content = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def bytes(self) -> int:
@@ -89,7 +101,13 @@ class Record(BaseModel):
         return sum(entry.size for entry in self.files.values())
 
     def problems(self, payload: Path, full: bool = False) -> list[str]:
-        """In what the payload differs from this record: names and sizes, and with `full` every digest too."""
+        """In what the payload differs from this record, and this record from what was written.
+
+        Compared are names, sizes, and the digests that this process knows already; with `full` every digest."""
+        if self.format not in (1, FORMAT):
+            return [f"{RECORD_FILE} has format {self.format}, this version reads 1 and {FORMAT}"]
+        if self.format > 1 and self.digest != self._digest():
+            return [f"{RECORD_FILE} has another SHA-256 than it says"]
         try:
             there = {name: path.stat().st_size for name, path in payload_files(payload)}
         except ValueError as link:
@@ -101,7 +119,7 @@ class Record(BaseModel):
                 continue
             if there[name] != entry.size:
                 found.append(f"{name} has {there[name]:,} bytes, its record says {entry.size:,}")
-            elif full and digest_file(payload / name) != entry.sha256:
+            elif (digest_once if full else known_digest)(payload / name) not in (None, entry.sha256):
                 found.append(f"{name} has another SHA-256 than its record")
         return found
 

@@ -4,13 +4,12 @@
 that another process is building. For each needed stage, in order:
 
     its artifact is whole                          -> Reuse
-    its artifact is damaged                        -> Refuse
     another process builds it                      -> Wait
     it failed since this run began                 -> Refuse: it would fail again
     it was stopped by the scheduler                -> Refuse, unless stopped stages are to be continued
     an input waits or is refused                   -> Wait
     a step checkpoint is there                     -> Resume
-    otherwise                                      -> Run
+    otherwise, also where its artifact is altered  -> Run
 
 Run and Resume name in `after` those of their inputs that this plan builds first.
 """
@@ -34,7 +33,7 @@ class Facts:
     artifact: Literal["ok", "altered", "missing"] = "missing"
     """Whether it is finished, and whether its files are those of its record."""
     problem: str = ""
-    """Of an altered artifact: which, in what it differs, and the way out."""
+    """Of an altered artifact: which, and in what it differs."""
     lease: Literal["free", "held", "dead"] = "free"
     """Whether somebody is building it."""
     holder: str = ""
@@ -58,8 +57,8 @@ class Facts:
 
     @property
     def settled(self) -> bool:
-        """Whether its inputs do not matter: finished, damaged, or in the hands of another process."""
-        return self.artifact != "missing" or self.lease == "held"
+        """Whether its inputs do not matter: finished, or in the hands of another process."""
+        return self.artifact == "ok" or self.lease == "held"
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,9 @@ class Wait(_Action):
 
 @dataclass(frozen=True)
 class Refuse(_Action):
-    """It cannot be built or used as things are; the reason ends with the way out."""
+    """It cannot be built as things are; the reason ends with the way out."""
 
-    cause: Literal["altered", "failed", "stopped"] = "altered"
+    cause: Literal["failed", "stopped"] = "failed"
 
 
 Action = Reuse | Resume | Run | Wait | Refuse
@@ -153,8 +152,6 @@ def needed(stages: Sequence[Stage], facts: Mapping[str, Facts], targets: Sequenc
 def _decide(stage: Stage, facts: Facts, before: Mapping[str, Action], continue_stopped: bool, since: float) -> Action:
     if facts.artifact == "ok":
         return Reuse(stage, "its artifact is there")
-    if facts.artifact == "altered":
-        return Refuse(stage, facts.problem, "altered")
     if facts.lease == "held":
         return Wait(stage, f"{facts.holder} is building it (attempt {facts.attempt})")
     if facts.outcome == "failed" and facts.ended >= since:
@@ -168,6 +165,8 @@ def _decide(stage: Stage, facts: Facts, before: Mapping[str, Action], continue_s
     after = tuple(source.name for source, action in sources if not isinstance(action, Reuse))
     if facts.checkpoint is not None:
         return Resume(stage, f"from step checkpoint {facts.checkpoint}{_history(facts, ' of ')}", after)
+    if facts.artifact == "altered":
+        return Run(stage, f"it is set aside and built again: {facts.problem}", after)
     return Run(stage, f"no artifact{_history(facts, '; ')}{_comparison(facts)}", after)
 
 

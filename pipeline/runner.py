@@ -17,6 +17,7 @@ from typing import Any
 
 from overfill.errors import UserError
 from pipeline.build import Build
+from pipeline.fingerprint import digest_tree
 from pipeline.lease import BEAT, LeaseLost
 from pipeline.record import Record
 from pipeline.resume import Action, Facts, Refuse, Resume, Run, plan
@@ -120,7 +121,8 @@ def run_graph(
         elif ready:
             if context.stop_requested():
                 raise StageInterrupted(ready[0].stage, "before it began")
-            _execute(ready[0], facts[ready[0].stage.identity], store, context, told)
+            if _inputs_whole(ready[0].stage, store):
+                _execute(ready[0], facts[ready[0].stage.identity], store, context, told)
         elif all(action.kind == "reuse" for action in actions):
             return {stage.identity: _finished(store, stage) for stage in targets}
         else:
@@ -134,9 +136,24 @@ def _raise_refusals(actions: Sequence[Action], facts: Mapping[str, Facts]) -> No
             known = facts[action.stage.identity]
             if action.cause == "failed":
                 raise StageFailed(action.stage, known.error, known.log)
-            if action.cause == "stopped":
-                raise StageStopped(action.stage, known.stopped)
-            raise AlteredArtifact(action.reason)
+            raise StageStopped(action.stage, known.stopped)
+
+
+def _inputs_whole(stage: Stage, store: Store) -> bool:
+    """Whether every byte of what the stage reads is what was written; if not, the next look finds it altered.
+
+    Raises UserError for files of the user's that are not those of the plan any more."""
+    for name, source in stage.inputs.items():
+        if isinstance(source, Stage):
+            try:
+                if store.verify(source) is None:
+                    return False
+            except AlteredArtifact as error:
+                log.warning("%s cannot begin: %s", stage, error)
+                return False
+        elif source.pinned_by_content and digest_tree(str(source.location)) != source.identifier:
+            raise UserError(f"{name} = {source.location}: it was changed while this ran; run again")
+    return True
 
 
 def _tell(actions: Sequence[Action], store: Store, context: RunContext, told: set[tuple[str, str]]) -> None:

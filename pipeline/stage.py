@@ -51,6 +51,11 @@ class External:
     """Where it lies on this machine; it never counts."""
 
     @property
+    def pinned_by_content(self) -> bool:
+        """Whether its identifier is the digest of what lies at its location (`fingerprint.digest_tree`)."""
+        return self.location is not None and self.revision is None
+
+    @property
     def description(self) -> dict[str, Any]:
         """What counts of it."""
         return {"kind": self.kind, "identifier": self.identifier, "revision": self.revision}

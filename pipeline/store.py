@@ -8,11 +8,13 @@
                                  what a resume needs: <identity>/step-00000200-3f9a1c/ (pipeline.training.checkpoints)
         staging-0001/            a payload being written; renamed as a whole to
         payload/                 the artifact, which exists if and only if payload/record.json does
+        altered-0002/            a payload that was found altered when attempt 2 began, set aside
     <store>/.claims/<identity>   -> that folder, so that two processes with different labels use the same one
 
 This module reads; `pipeline.build` writes attempts and publishes. The folder needs links and atomic renames, as local
-disks, NFS and Lustre have. Nothing is believed that was not checked: a record whose files have other sizes is reported
-with its name and never used.
+disks, NFS and Lustre have. Nothing is believed that was not checked: every look compares the names and sizes of an
+artifact's files with its record, and the record with its own digest; before a stage reads an artifact, the SHA-256 of
+every file is compared too (`verify`), once per process as long as the files stay as they are.
 """
 
 from __future__ import annotations
@@ -74,14 +76,17 @@ class Status:
 
 
 class Store:
-    """Artifacts under one folder, which need not exist yet. Raises UserError for a URL."""
+    """Artifacts under one folder, which need not exist yet; `verify` reads every byte at the first look, too.
 
-    def __init__(self, root: Path | str, ttl: float = TTL) -> None:
+    Raises UserError for a URL."""
+
+    def __init__(self, root: Path | str, ttl: float = TTL, verify: bool = False) -> None:
         if "://" in str(root):
             raise UserError(f"store = {root}: a store is a folder that every node sees, not a URL; mount it")
         self.root = Path(root).expanduser().absolute()
         """Absolute, since workers run in other folders."""
         self._ttl = ttl
+        self._verify = verify
         self._watches: dict[Path, Watch] = {}
 
     # --- where things are
@@ -153,37 +158,21 @@ class Store:
         Raises AlteredArtifact when the artifact is damaged."""
         identity = stage if isinstance(stage, str) else stage.identity
         folder = self.find(identity, "*" if isinstance(stage, str) else stage.name)
-        return None if folder is None else self._checked(folder, identity, full=False)
+        return None if folder is None else _checked(folder, identity, self._verify)
 
     def verify(self, stage: Stage | str, full: bool = True) -> Record | None:
         """As `record`, with every file's SHA-256 too."""
         identity = stage if isinstance(stage, str) else stage.identity
         folder = self.find(identity)
-        return None if folder is None else self._checked(folder, identity, full)
+        return None if folder is None else _checked(folder, identity, full)
 
-    def _checked(self, folder: Path, identity: str, full: bool) -> Record | None:
-        payload = folder / "payload"
-        if not payload.exists():
-            return None
+    def is_altered(self, stage: Stage) -> bool:
+        """Whether there is an artifact that is not what was written, as far as `record` sees."""
         try:
-            require_regular(payload / RECORD_FILE)
-            record = Record.model_validate_json((payload / RECORD_FILE).read_bytes())
-            problems = record.problems(payload, full)
-            if record.identity != identity:
-                problems.insert(0, f"its record is that of {record.stage} {record.identity}")
-        except FileNotFoundError as error:
-            problems = [f"{Path(error.filename or payload).name} is missing"]
-        except ValidationError:
-            problems = [f"{RECORD_FILE} is damaged"]
-        except OSError as error:
-            problems = [f"{RECORD_FILE} cannot be read: {error.strerror}"]
-        if not problems:
-            return record
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise AlteredArtifact(
-            f"{folder}: this artifact was altered: {problems[0]}{more}; "
-            "restore its payload, or delete this folder and run again"
-        )
+            self.record(stage)
+        except AlteredArtifact:
+            return True
+        return False
 
     def nearest(self, stage: Stage) -> Nearest | None:
         """The finished artifact of the same stage that differs in the fewest fields, or None without any."""
@@ -285,6 +274,37 @@ class Store:
             if below in ("running", "waiting"):
                 return "waiting", f"waits for: {source.name}"
         return "missing", "nothing yet"
+
+
+def verify_model(folder: Path) -> None:
+    """Raise AlteredArtifact when `folder` lies in an artifact that is not what was written; reads every byte of it."""
+    for payload in (folder.absolute(), *folder.absolute().parents):
+        if payload.name == "payload" and (payload.parent / IDENTITY_FILE).is_file():
+            _checked(payload.parent, payload.parent.name.rpartition("_")[2], full=True)
+
+
+def _checked(folder: Path, identity: str, full: bool) -> Record | None:
+    payload = folder / "payload"
+    if not payload.exists():
+        return None
+    try:
+        require_regular(payload / RECORD_FILE)
+        record = Record.model_validate_json((payload / RECORD_FILE).read_bytes())
+        problems = record.problems(payload, full)
+        if record.identity != identity:
+            problems.insert(0, f"its record is that of {record.stage} {record.identity}")
+    except FileNotFoundError as error:
+        problems = [f"{Path(error.filename or payload).name} is missing"]
+    except ValidationError:
+        problems = [f"{RECORD_FILE} is damaged"]
+    except OSError as error:
+        problems = [f"{RECORD_FILE} cannot be read: {error.strerror}"]
+    if not problems:
+        return record
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise AlteredArtifact(
+        f"{folder}: this artifact was altered: {problems[0]}{more}; restore its payload, or run again to build it anew"
+    )
 
 
 def _holder(seen: Sighting) -> str:

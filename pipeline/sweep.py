@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overfill.shapes import ModelShape, PrunedWidths
 from pipeline.config import ExperimentConfig, RangeConfig, SweepConfig
@@ -19,6 +19,9 @@ from pipeline.config_io import validate, with_value
 from pipeline.fingerprint import fingerprint
 from pipeline.graph import cell_stages, cell_widths, ratio_label, teacher_shape
 from pipeline.stage import Stage
+
+if TYPE_CHECKING:
+    from pipeline.store import Store
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,13 @@ class Cell:
     def stage(self, name: str) -> Stage | None:
         """The cell's stage of that name, if it has one."""
         return next((stage for stage in self.stages if stage.name == name), None)
+
+
+def to_build(cell: Cell, leaves: Sequence[str], store: Store) -> list[Stage]:
+    """What a cell wants built to have its leaves of these names: those that are not there, and what was altered."""
+    others = {leaf.identity for leaf in cell.leaves if leaf.name not in leaves}
+    stages = [stage for stage in cell.stages if stage.identity not in others]
+    return [s for s in stages if store.is_altered(s) or (s.name in leaves and store.record(s) is None)]
 
 
 def expand(config: ExperimentConfig, where: str) -> list[Cell]:

@@ -28,7 +28,7 @@ from pipeline.config import AshaConfig, ResourcesConfig
 from pipeline.curves import Curve
 from pipeline.runner import RunContext, StageFailed, StageInterrupted, StageStopped, run_graph
 from pipeline.store import AlteredArtifact, Store
-from pipeline.sweep import Cell
+from pipeline.sweep import Cell, to_build
 from pipeline.training.resources import STOP_FILE, StopFile
 
 RUNG_METRIC = "validation/nll"
@@ -128,7 +128,7 @@ def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
 
 def _run(cell: Cell, store: Store, context: RunContext, leaves: tuple[str, ...]) -> Outcome:
     try:
-        run_graph(cell.stages, store, context, targets=[leaf for leaf in cell.leaves if leaf.name in leaves])
+        run_graph(cell.stages, store, context, targets=to_build(cell, leaves, store))
     except StageFailed as failure:
         return Outcome(cell.index, "failed", f"{failure.stage.name}: {failure.cause}", str(failure.log))
     except StageStopped as stopped:

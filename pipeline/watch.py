@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.sweep import Cell
 
 State = Literal["done", "running", "failed", "waiting", "stopped", "interrupted", "missing"]
-"""As the store has them; an altered artifact counts as failed, for it needs the user."""
+"""As the store has them; an altered artifact counts as failed, for it says why."""
 ORDER: tuple[State, ...] = ("running", "failed", "stopped", "interrupted", "waiting")
 REASONED = ("failed", "altered", "stopped", "interrupted", "waiting")
 METRICS_FILE = "metrics.jsonl"

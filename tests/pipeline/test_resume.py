@@ -99,12 +99,19 @@ def test_what_the_scheduler_stopped_stays_stopped_until_it_is_continued():
     )
 
 
-def test_an_altered_artifact_is_refused_with_its_problem_and_what_reads_it_waits():
-    altered = Facts(artifact="altered", problem="/store/distill/xyz: this artifact was altered: a.bin is missing")
-    assert decide({DISTILL: altered}) == [
-        Refuse(DISTILL, "/store/distill/xyz: this artifact was altered: a.bin is missing", "altered"),
-        Wait(EVALUATE, "waits for: distill"),
+def test_an_altered_artifact_is_built_again_with_its_problem_as_the_reason_before_what_reads_it():
+    altered = Facts(artifact="altered", problem="/store/distill/xyz: altered: a.bin is missing", outcome="done")
+    assert decide({TEACHER: DONE, DISTILL: altered}) == [
+        Reuse(TEACHER, "its artifact is there"),
+        Run(DISTILL, "it is set aside and built again: /store/distill/xyz: altered: a.bin is missing"),
+        Run(EVALUATE, "no artifact", after=("distill",)),
     ]
+
+
+def test_an_altered_artifact_that_another_process_builds_again_is_waited_for():
+    assert only(Facts(artifact="altered", problem="x", lease="held", holder="process 12 on host", attempt=2)) == Wait(
+        DISTILL, "process 12 on host is building it (attempt 2)"
+    )
 
 
 def test_an_artifact_that_is_there_is_used_whatever_its_attempts_say():

@@ -13,13 +13,14 @@ import pytest
 from store_toys import chain, toy
 
 from overfill.errors import UserError
+from pipeline import fingerprint
 from pipeline.build import Build
 from pipeline.lease import Sighting
 from pipeline.record import Record
 from pipeline.resume import Facts, Reuse, plan
 from pipeline.runner import RunContext, StageFailed, run_graph
 from pipeline.stage import External
-from pipeline.store import AlteredArtifact, Store, newest_checkpoint
+from pipeline.store import AlteredArtifact, Store, newest_checkpoint, verify_model
 
 
 @pytest.fixture
@@ -153,13 +154,18 @@ def test_an_altered_artifact_is_named_with_the_way_out_and_never_used(
         store.record(teacher)
     assert named in str(raised.value)
     assert str(store.folder(teacher)) in str(raised.value)
-    assert "delete this folder and run again" in str(raised.value)
+    assert "restore its payload, or run again to build it anew" in str(raised.value)
     assert isinstance(raised.value, UserError)
     assert store.status(teacher).state == "altered"
+    with pytest.raises(AlteredArtifact, match="was altered"):
+        verify_model(store.payload(teacher))
     student = toy("distill", {"teacher": teacher})
-    with pytest.raises(AlteredArtifact):
-        run_graph([student], store)
-    assert not store.folder(student).exists()
+    run_graph([student], store)
+    assert json.loads((store.payload(student) / "read" / "inputs.json").read_text()) == {"teacher": '{"layers": 2}'}
+    record = store.verify(teacher)
+    assert record is not None
+    assert record.attempt == 2
+    assert (store.folder(teacher) / "altered-0002").is_dir(), "set aside, and not removed"
 
 
 def test_a_changed_byte_is_found_by_a_full_verification(store: Store):
@@ -169,6 +175,80 @@ def test_a_changed_byte_is_found_by_a_full_verification(store: Store):
     assert store.record(stage) is not None  # the size is the same
     with pytest.raises(AlteredArtifact, match=r"config\.json has another SHA-256"):
         store.verify(stage, full=True)
+    assert store.is_altered(stage), "what is known is not forgotten"
+
+
+def test_a_store_that_verifies_sees_a_changed_byte_at_the_first_look(store: Store):
+    stage = toy(layers=2)
+    run_graph([stage], store)
+    (store.payload(stage) / "config.json").write_text('{"layers": 3}')
+    assert Store(store.root, verify=True).status(stage).state == "altered"
+
+
+def test_no_flipped_bit_of_a_record_goes_unseen(store: Store):
+    stage = toy(layers=2)
+    record = run_graph([stage], store)[stage.identity]
+    path = store.payload(stage) / "record.json"
+    raw, seen = path.read_bytes(), 0
+    for place in range(0, len(raw), 7):
+        flipped = bytearray(raw)
+        flipped[place] ^= 1 << (place % 8)
+        path.write_bytes(flipped)
+        if store.is_altered(stage):
+            seen += 1
+        else:
+            assert store.record(stage) == record, f"byte {place}: {raw[place : place + 20]!r}"  # white space
+    assert seen > len(raw) / 7 * 0.7
+
+
+def test_a_record_of_the_format_before_digests_is_still_read(store: Store):
+    stage = toy(layers=2)
+    record = run_graph([stage], store)[stage.identity].model_copy(update={"format": 1, "digest": ""})
+    (store.payload(stage) / "record.json").write_text(record.model_dump_json())
+    assert store.record(stage) == record
+    (store.payload(stage) / "record.json").write_text(record.model_copy(update={"format": 3}).model_dump_json())
+    with pytest.raises(AlteredArtifact, match="has format 3, this version reads 1 and 2"):
+        store.record(stage)
+
+
+def test_what_is_read_is_verified_once_as_long_as_it_is_not_written(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    teacher = toy("teacher", layers=2)
+    run_graph([teacher], store)
+    fresh = Store(store.root)
+    read: list[str] = []
+    monkeypatch.setattr("pipeline.fingerprint._digests", {})
+    digest_file = fingerprint.digest_file
+    monkeypatch.setattr("pipeline.fingerprint.digest_file", lambda path: (read.append(path.name), digest_file(path))[1])
+    for samples in (8, 16):
+        run_graph([toy("evaluate", {"teacher": teacher}, samples=samples)], fresh)
+    assert read.count("inputs.json") == 1
+    (fresh.payload(teacher) / "config.json").touch()
+    run_graph([toy("evaluate", {"teacher": teacher}, samples=32)], fresh)
+    assert read.count("inputs.json") == 1, "only what was touched is read again"
+    assert read.count("config.json") == 2
+
+
+def test_a_byte_that_changed_since_the_stage_was_published_is_found_when_it_is_read(store: Store):
+    teacher = toy("teacher", layers=2)
+    run_graph([teacher], store)
+    (store.payload(teacher) / "config.json").write_text('{"layers": 3}')
+    student = toy("distill", {"teacher": teacher})
+    run_graph([student], store)
+    assert json.loads((store.payload(student) / "read" / "inputs.json").read_text()) == {"teacher": '{"layers": 2}'}
+    assert (store.folder(teacher) / "altered-0002" / "config.json").read_text() == '{"layers": 3}'
+
+
+def test_files_of_the_user_that_changed_while_a_run_waited_are_refused(store: Store, tmp_path: Path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "config.json").write_text("rows")
+    source = External("files", fingerprint.digest_tree(corpus), None, str(corpus))
+    run_graph([toy("data", {"files": source})], store)
+    (corpus / "config.json").write_text("others")
+    with pytest.raises(UserError, match=r"files = .*corpus: it was changed while this ran; run again"):
+        run_graph([toy("data", {"files": source}, version=2)], store)
 
 
 def test_hidden_files_of_tools_do_not_alter_an_artifact(store: Store):

@@ -97,7 +97,7 @@ def test_a_damaged_artifact_counts_as_failed_and_names_the_way_out(synthetic: Sy
     assert view.state == "failed"
     assert view.failure is not None
     assert "metrics.json" in view.failure
-    assert "delete this folder" in view.failure
+    assert "run again to build it anew" in view.failure
 
 
 def test_a_cell_is_done_with_its_results_even_when_what_they_came_from_is_gone(synthetic: SyntheticStore) -> None:
