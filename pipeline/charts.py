@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.store import Store
     from pipeline.sweep import Cell
 
-CURVES = {"validation/nll": "held-out response NLL (nats per token)", "train/loss": "training loss"}
+CURVES = {"validation/nll": "held-out response NLL", "train/loss": "training loss"}
 CURVE_POINTS = 150
 """A curve of more points is thinned to about so many."""
 WIDE_RANGE = 8.0
@@ -171,7 +171,9 @@ def training_charts(cells: Sequence[Cell], store: Store) -> list[Chart]:
         if lines:
             values = [value for line in lines for _, value in line.points]
             log_y = min(values) > 0 and max(values) > WIDE_RANGE * min(values)
-            charts.append(Chart(name, "corpus tokens", name, lines=tuple(lines), x_format=_tokens, log_y=log_y))
+            charts.append(
+                Chart(name, "corpus tokens", "nats per token", lines=tuple(lines), x_format=_tokens, log_y=log_y)
+            )
     return charts
 
 

@@ -139,6 +139,7 @@ class Improvement:
     relative: Interval
     """0.8 is +80 %."""
     tasks: int
+    """Those that have one somewhere."""
     configurations: int
 
 
@@ -157,21 +158,22 @@ def relative_improvement(
     }
     values: list[float] = []
     ratios: list[FloatArray] = []
-    counted: set[str] = set()
+    counted: set[tuple[str, int]] = set()
     for task in dict.fromkeys(task for one in configurations for task in one):
-        pairs = [one[task] for one in configurations if task in one]
+        asked = [place for place, one in enumerate(configurations) if task in one]
+        pairs = [configurations[place][task] for place in asked]
         # Every (configuration, method, seed) is a row of its own, on the samples that all have.
         rows = score_array([[scores] for first, second in pairs for scores in (*first, *second)])[:, 0]
         drawn, place = sample_means(rows, resamples, generator), 0
-        for first, _ in pairs:
+        for configuration, (first, _) in zip(asked, pairs, strict=True):
             own = slice(place, place := place + 2 * len(first))
             means = over_seeds(drawn[:, own], weights[len(first)])
             ours, theirs = rows[own].mean(axis=1).reshape(2, -1).mean(axis=1)
             if means[:, 1].all():
                 values.append(float(ours / theirs) - 1)
                 ratios.append(means[:, 0] / means[:, 1] - 1)
-                counted.add(task)
+                counted.add((task, configuration))
     if not values:
         return None
     interval = percentiles(float(np.mean(values)), np.mean(ratios, axis=0))
-    return Improvement(interval, len(counted), len(configurations))
+    return Improvement(interval, *(len(set(part)) for part in zip(*counted, strict=True)))

@@ -52,7 +52,7 @@ class Fit:
         """Quality as a share, or seconds per token, of a full model of so many parameters and a share of them kept."""
         terms = {"constant": 1.0, "ln_p": math.log(parameters), "ln_k": math.log(kept), "p_k": parameters * kept}
         value = sum(coefficient * terms[name] for name, coefficient in self.coefficients.items())
-        return float(_logistic(np.float64(value))) if self.target == "quality" else value
+        return float(_logistic(np.array(value))) if self.target == "quality" else value
 
 
 @dataclass(frozen=True)

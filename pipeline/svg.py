@@ -206,7 +206,12 @@ def _labels(marks: Sequence[Mark], x: Axis, y: Axis) -> list[Markup]:
         wide = LABEL_WIDTH * len(mark.label)
         for left, anchor in ((x(mark.x) + 9, "start"), (x(mark.x) - 9 - wide, "end")):
             box = (left, y(mark.y) - LABEL_HEIGHT - 1, left + wide, y(mark.y) - 1)
-            if mark.label and box[0] > LEFT and box[2] < WIDTH and not any(_overlap(box, other) for other in taken):
+            if (
+                mark.label
+                and box[0] > LEFT
+                and box[2] < WIDTH - RIGHT / 2
+                and not any(_overlap(box, other) for other in taken)
+            ):
                 taken.append(box)
                 placed.append(
                     Markup('<text class="label" {} x="{}" y="{}" text-anchor="{}">{}</text>').format(

@@ -48,13 +48,14 @@ def verdicts(report: Report) -> list[Verdict]:
 def headline(report: Report) -> list[Verdict]:
     """The paper's: relative improvement of OverFill over pruned-only, averaged over tasks."""
     found = report.improvement
+    what = "Relative improvement of OverFill over pruned-only, averaged over tasks"
     if found is None:
-        return []
+        return [Verdict(f"{what}: none can be given, pruned-only has too little right.")] if report.duels else []
     tasks = "1 task" if found.tasks == 1 else f"{found.tasks} tasks"
     over = "1 configuration" if found.configurations == 1 else f"{found.configurations} configurations"
     value = f"{signed_percent(found.relative)} ({tasks}, {over})"
     noise = found.relative.contains(0.0)
-    text = f"Relative improvement of OverFill over pruned-only, averaged over tasks: {value}."
+    text = f"{what}: {value}."
     return [Verdict(text + (" This is within noise." if noise else ""), sure=not noise)]
 
 

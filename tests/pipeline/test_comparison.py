@@ -123,7 +123,7 @@ def test_a_task_that_pruned_only_fails_altogether_has_no_ratio_and_is_not_counte
     found = relative_improvement([{"a": known, "b": hopeless}])
     assert found is not None
     assert found.relative.value == pytest.approx(1 / 3)
-    assert found.tasks == 1
+    assert (found.tasks, found.configurations) == (1, 1)
     assert relative_improvement([{"b": hopeless}]) is None
     assert relative_improvement([]) is None
 

@@ -94,7 +94,7 @@ def test_charts_are_well_formed_and_have_a_mark_per_configuration_with_its_numbe
     named = {chart.get("aria-label"): chart for chart in charts}
     assert set(named) == {
         *("exact match over TPOT", "exact match over memory", "small"),
-        *("held-out response NLL (nats per token)", "training loss"),
+        *("held-out response NLL", "training loss"),
     }
     marks = [node for node in named["exact match over memory"].iter() if (node.get("class") or "").startswith("mark")]
     tips = [mark[0].text or "" for mark in marks]  # the first child is the title
