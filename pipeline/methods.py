@@ -15,19 +15,19 @@ class Look:
     """Matplotlib's."""
     line: str
     """Matplotlib's."""
-    colour: str
-    """Of Okabe and Ito's palette, told apart also by colour-blind readers; for charts that have one per method."""
-    pruned: bool = True
-    """Whether a pruning ratio says anything about it."""
     dodge: float = 0.0
     """Sideways shift in percentage points, so that the bars of two methods at one ratio do not hide each other."""
+    colour: str = "#7F7F7F"
+    """For charts that have one per method; of Okabe and Ito's palette, told apart also by colour-blind readers."""
+    pruned: bool = True
+    """Whether a pruning ratio says anything about it."""
 
 
 LOOKS = {
-    "full": Look("full model", "*", ":", "#7F7F7F", pruned=False),
-    "overfill": Look("OverFill", "o", "-", "#0072B2"),
-    "pruned": Look("pruned only", "s", "--", "#D55E00", dodge=0.5),
-    "scratch": Look("from scratch", "^", "-.", "#009E73", dodge=-0.5),
+    "full": Look("full model", "*", ":", pruned=False),
+    "overfill": Look("OverFill", "o", "-", colour="#0072B2"),
+    "pruned": Look("pruned only", "s", "--", 0.5, "#D55E00"),
+    "scratch": Look("from scratch", "^", "-.", -0.5, "#009E73"),
 }
 METHODS = tuple(LOOKS)
 METHOD_NAMES = {method: look.name for method, look in LOOKS.items()}
