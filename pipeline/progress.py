@@ -197,7 +197,8 @@ def quiet_lines(now: Snapshot) -> list[Text]:
 
 
 def print_status(name: str, now: Snapshot, console: Console) -> None:
-    """The table of `overfill status NAME`, with a line for each failure and where its log is."""
+    """What `overfill status NAME` shows: a row per cell, one per stage that has begun and is not done, and a line for
+    each that failed, was stopped or interrupted, with the reason and where the log is."""
     console.print(f"{name}: {_overall_words(now)}", style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for column in ("cell", "state", "stage", "step", "loss", "since"):
@@ -205,7 +206,10 @@ def print_status(name: str, now: Snapshot, console: Console) -> None:
     for view in now.cells:
         table.add_row(*_status_row(view, now))
     console.print(table)
-    for line in failure_lines(now):
+    begun = [stage for stage in now.stages.values() if stage.state not in ("done", "waiting", "missing")]
+    if begun:
+        console.print(_stage_table(begun, now))
+    for line in reason_lines(now):
         console.print(line, soft_wrap=True)
 
 
@@ -219,10 +223,22 @@ def _status_row(view: CellView, now: Snapshot) -> list[Text | str]:
     return [Text(view.cell.label), state, stage.name, steps, "" if loss is None else f"{loss:.3f}", since(stage, now)]
 
 
-def failure_lines(now: Snapshot) -> list[Text]:
-    """One line per failed stage: what, why, and its log."""
-    failed = [stage for stage in now.stages.values() if stage.state == "failed"]
-    return [Text.assemble(("failed  ", STYLES["failed"]), _event(stage, now)) for stage in failed]
+def _stage_table(stages: Sequence[StageView], now: Snapshot) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "of", "state", "step", "since", "where"):
+        table.add_column(column, justify="right" if column in ("step", "since") else "left")
+    for stage in stages:
+        steps = f"{stage.step}/{stage.steps}" if stage.steps else ""
+        state = Text(stage.state, style=STYLES[stage.state])
+        table.add_row(stage.name, Text(title(stage, now)), state, steps, since(stage, now), stage.where)
+    return table
+
+
+def reason_lines(now: Snapshot) -> list[Text]:
+    """One line per stage that ended without a result, the failed ones last: what, why, and of a failure its log."""
+    ends = ("stopped", "interrupted", "failed")
+    stages = sorted((s for s in now.stages.values() if s.state in ends), key=lambda stage: ends.index(stage.state))
+    return [Text.assemble((f"{stage.state:<12}", STYLES[stage.state]), _event(stage, now)) for stage in stages]
 
 
 def since(stage: StageView, now: Snapshot) -> str:

@@ -5,7 +5,7 @@ that another process is building. For each needed stage, in order:
 
     its artifact is whole                          -> Reuse
     another process builds it                      -> Wait
-    it failed since this run began                 -> Refuse: it would fail again
+    an attempt of this run's time failed           -> Refuse: it would fail again
     it was stopped by the scheduler                -> Refuse, unless stopped stages are to be continued
     an input waits or is refused                   -> Wait
     a step checkpoint is there                     -> Resume
@@ -46,8 +46,6 @@ class Facts:
     """One line about a failed or interrupted attempt."""
     log: str = ""
     """Log of the newest attempt."""
-    ended: float = 0.0
-    """When the newest attempt ended, in seconds since the epoch."""
     checkpoint: int | None = None
     """Step of the newest whole step checkpoint."""
     stopped: str = ""
@@ -118,17 +116,18 @@ def plan(
     targets: Sequence[Stage] | None = None,
     *,
     continue_stopped: bool = False,
-    since: float = float("inf"),
+    before: Mapping[str, int] | None = None,
 ) -> list[Action]:
     """Actions for the stages that the targets need, inputs first.
 
     `stages` may leave out inputs: they are added. `targets` are by default the stages that no other is made from.
     `facts` maps an identity to what is known of it; nothing known (a missing key) is a stage nobody has touched.
-    `since`: seconds since the epoch; a failure after it is final, one before it is tried again."""
+    `before` maps an identity to the newest attempt that had ended when this run began: a failure of a later one is final,
+    whoever made it, and an earlier one is tried again, as all are without it. Numbers, since clocks may jump."""
     actions: dict[str, Action] = {}
     for stage in needed(stages, facts, targets):
         known = facts.get(stage.identity, Facts())
-        actions[stage.identity] = _decide(stage, known, actions, continue_stopped, since)
+        actions[stage.identity] = _decide(stage, known, actions, continue_stopped, before)
     return list(actions.values())
 
 
@@ -149,16 +148,22 @@ def needed(stages: Sequence[Stage], facts: Mapping[str, Facts], targets: Sequenc
     return [stage for stage in topological([*stages, *(targets or ())]) if stage.identity in wanted]
 
 
-def _decide(stage: Stage, facts: Facts, before: Mapping[str, Action], continue_stopped: bool, since: float) -> Action:
+def _decide(
+    stage: Stage,
+    facts: Facts,
+    decided: Mapping[str, Action],
+    continue_stopped: bool,
+    before: Mapping[str, int] | None,
+) -> Action:
     if facts.artifact == "ok":
         return Reuse(stage, "its artifact is there")
     if facts.lease == "held":
         return Wait(stage, f"{facts.holder} is building it (attempt {facts.attempt})")
-    if facts.outcome == "failed" and facts.ended >= since:
+    if facts.outcome == "failed" and before is not None and facts.attempt > before.get(stage.identity, 0):
         return Refuse(stage, f"attempt {facts.attempt} failed: {facts.error} ({facts.log})", "failed")
     if facts.stopped and not continue_stopped:
         return Refuse(stage, f"{facts.stopped}; `overfill resume` continues it", "stopped")
-    sources = [(source, before[source.identity]) for source in _distinct(stage.input_stages)]
+    sources = [(source, decided[source.identity]) for source in _distinct(stage.input_stages)]
     blocked = [source.name for source, action in sources if isinstance(action, Wait | Refuse)]
     if blocked:
         return Wait(stage, f"waits for: {', '.join(blocked)}")

@@ -21,7 +21,7 @@ from pipeline.fingerprint import digest_tree
 from pipeline.lease import BEAT, LeaseLost
 from pipeline.record import Record
 from pipeline.resume import Action, Facts, Refuse, Resume, Run, plan
-from pipeline.stage import Metrics, Stage, StageRun, Stopped, resolve, sinks
+from pipeline.stage import Metrics, Stage, StageRun, Stopped, resolve, sinks, topological
 from pipeline.store import AlteredArtifact, Store
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,9 @@ class RunContext:
     """A stage is left to another process, or waits for an input; called once for each reason."""
     continue_stopped: bool = False
     """Take up what the scheduler stopped."""
-    since: float = field(default_factory=time.time)
-    """Seconds since the epoch: a failure after it, in whatever process, is final. A sweep gives all cells its start."""
+    before: Mapping[str, int] | None = None
+    """Identity -> newest attempt that had ended when the run began: a failure of a later one, in whatever process, is
+    final. A sweep gives all cells what it saw at its start; None looks when `run_graph` begins."""
     poll: float = 1.0
     """Seconds between two looks at what another process is building."""
     beat: float = BEAT
@@ -108,11 +109,12 @@ def run_graph(
     AlteredArtifact (a needed one is damaged)."""
     context = context or RunContext()
     targets = sinks(stages) if targets is None else list(targets)
+    before = store.ended_attempts(topological(targets)) if context.before is None else context.before
     told: set[tuple[str, str]] = set()
     explain = True  # comparing with every artifact takes a while: not at every look while waiting
     while True:
         facts = store.gather(targets, explain)
-        actions = plan(targets, facts, targets, continue_stopped=context.continue_stopped, since=context.since)
+        actions = plan(targets, facts, targets, continue_stopped=context.continue_stopped, before=before)
         _raise_refusals(actions, facts)
         _tell(actions, store, context, told)
         ready = [action for action in actions if isinstance(action, Run | Resume) and not action.after]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,8 +31,8 @@ from pydantic import ValidationError
 
 from overfill.errors import UserError
 from pipeline.difference import Nearest, differences
-from pipeline.lease import TTL, Sighting, Watch, attempt_folder
-from pipeline.notes import read_note, text_of, time_of
+from pipeline.lease import TTL, Sighting, Watch, attempt_folder, newest_attempt
+from pipeline.notes import read_note, text_of
 from pipeline.paths import require_regular
 from pipeline.record import RECORD_FILE, Record, write_json
 from pipeline.resume import Facts, Outcome
@@ -65,6 +65,8 @@ class Status:
     """Its folder in the store, there or not."""
     attempt: int = 0
     """Number of the newest attempt."""
+    where: str = ""
+    """Who builds it, of a running stage: `process 12 on host`."""
     error: str = ""
     """Cause of a failure, one line."""
     log: Path | None = None
@@ -200,6 +202,16 @@ class Store:
         watch = self._watches.setdefault(folder, Watch(folder / "attempts", self._ttl))
         return watch.look()
 
+    def ended_attempts(self, stages: Iterable[Stage]) -> dict[str, int]:
+        """Identity -> number of the newest attempt that has ended and said how; 0 for none."""
+        found: dict[str, int] = {}
+        for stage in stages:
+            attempts = self.folder(stage) / "attempts"
+            newest = newest_attempt(attempts)
+            ended = (attempt_folder(attempts, newest) / OUTCOME_FILE).exists()
+            found[stage.identity] = newest if ended else max(newest - 1, 0)
+        return found
+
     def facts(self, stage: Stage, explain: bool = True) -> Facts:
         """All that `resume.plan` wants to know of a stage; `explain` adds the nearest artifact of a missing one."""
         folder = self.folder(stage)
@@ -223,7 +235,6 @@ class Store:
             outcome="interrupted" if died else outcome,
             error=(seen.why or "it ended without a word") if died else text_of(note, "error"),
             log=str(last / LOG_FILE) if seen.attempt else "",
-            ended=time_of(note, "ended") or 0.0,
             checkpoint=newest_checkpoint(folder / "progress"),
             stopped=text_of(read_note(folder / "progress" / STOPPED_FILE), "reason"),
             nearest=self.nearest(stage) if explain and artifact == "missing" and seen.state != "held" else None,
@@ -250,6 +261,7 @@ class Store:
             stage=stage,
             folder=self.folder(stage),
             attempt=facts.attempt,
+            where=facts.holder if state == "running" else "",
             error=facts.error if state in ("failed", "interrupted") else facts.problem,
             log=Path(facts.log) if facts.log else None,
             checkpoint=facts.checkpoint,

@@ -33,6 +33,11 @@ from pipeline.training.resources import STOP_FILE, StopFile
 
 RUNG_METRIC = "validation/nll"
 """What successive halving compares; smaller is better."""
+TRIAL_RETRIES = 3
+"""A trial raises nothing, so what Tune sees fail is its process: the next one takes its stage over where it was."""
+LOST_TRIAL = (
+    f"the process that drives the cell was killed {TRIAL_RETRIES + 1} times; see whether memory is short, and run again"
+)
 _POLL_S = 1.0
 
 
@@ -58,7 +63,7 @@ class _Job:
     resources: ResourcesConfig
     asha: AshaConfig | None
     continue_stopped: bool
-    since: float
+    before: dict[str, int]
     leaves: tuple[str, ...]
     interrupt: Path
     """A file that appears when all shall end."""
@@ -78,7 +83,8 @@ def run_cells(
 
     When the file `interrupt` appears, what runs saves its position and ends, and the rest does not begin."""
     by_index = {cell.index: cell for cell in cells}
-    job = _Job(by_index, store_root, resources, asha, continue_stopped, time.time(), leaves, interrupt)
+    before = Store(store_root).ended_attempts([stage for cell in cells for stage in cell.stages])
+    job = _Job(by_index, store_root, resources, asha, continue_stopped, before, leaves, interrupt)
     # A sliver of the head node: a trial only waits, and must not be on a node that may be taken away.
     place = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     tuner = tune.Tuner(
@@ -89,12 +95,16 @@ def run_cells(
             reuse_actors=True,
             scheduler=FIFOScheduler() if asha is None else CooperativeAsha(asha, job),
         ),
-        run_config=tune.RunConfig(name=f"run-{time.time_ns()}", storage_path=str(store_root / "tune"), verbose=0),
+        run_config=tune.RunConfig(
+            name=f"run-{time.time_ns()}",
+            storage_path=str(store_root / "tune"),
+            failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
+            verbose=0,
+        ),
     )
     results = tuner.fit()
     outcomes = {found.cell: found for result in results if (found := _outcome(result.metrics or {})) is not None}
-    reason = " ".join(str(results.errors[0]).split())[-200:] if results.errors else "the trial's process ended"
-    return [outcomes.get(cell.index) or Outcome(cell.index, "failed", reason) for cell in cells]
+    return [outcomes.get(cell.index) or Outcome(cell.index, "failed", LOST_TRIAL) for cell in cells]
 
 
 def _outcome(metrics: dict[str, Any]) -> Outcome | None:
@@ -111,7 +121,7 @@ def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
         resources=resources,
         stop_requested=StopFile(job.interrupt),
         continue_stopped=job.continue_stopped,
-        since=job.since,
+        before=job.before,
     )
     done = threading.Event()
     reporter = threading.Thread(target=_report_curve, args=(cell, store, done), daemon=True)

@@ -45,6 +45,8 @@ class StageView:
     """When this state began, as far as the store knows."""
     started: float | None = None
     """When the newest attempt began."""
+    where: str = ""
+    """Who builds it, of a running stage: `process 12 on host`."""
     step: int = 0
     steps: int = 0
     """Steps of the whole stage; 0 for a stage that counts none, or has not logged one yet."""
@@ -207,6 +209,7 @@ def _view(status: Status, curve: Curve) -> StageView:
         state="failed" if status.state == "altered" else status.state,
         since=since,
         started=started,
+        where=status.where,
         step=step,
         steps=steps,
         metrics=dict(curve.latest_metrics),

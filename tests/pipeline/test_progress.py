@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +111,33 @@ def test_the_status_table_has_a_row_per_cell_and_the_log_of_each_failure(synthet
     states = {line.split("  ")[0]: line.split()[8] for line in lines[2:5]}
     assert states == {cell.label: state for cell, state in zip(cells, ("done", "failed", "waiting"), strict=True)}
     assert str(attempt.log_path) in lines[-1]
+
+
+def test_status_says_of_every_open_stage_where_it_runs_since_when_and_why_it_does_not(
+    synthetic: SyntheticStore,
+) -> None:
+    cells = toy_cells(methods=("overfill", "pruned", "scratch"))
+    running, stopped, interrupted = (synthetic.begin(distill(cell)) for cell in cells)
+    synthetic.log(distill(cells[0]), range(1, 5), of=100)
+    stopped.stop("successive halving at step 4")
+    interrupted.interrupt("asked to end: stopped after step 7")
+    for attempt in (stopped, interrupted):
+        attempt.release()
+    console = Console(width=140, file=io.StringIO(), force_terminal=False)
+    print_status("toy", snapshot(synthetic.store, cells), console)
+    running.release()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    at = shown.index("stage")
+    (row,) = (line for line in shown[at:].splitlines() if "process" in line)
+    assert row.startswith("distill  small · 0.5 · overfill · seed 0")
+    assert " running " in row
+    assert " 4/100 " in row
+    assert row.rstrip().endswith(f"process {os.getpid()} on {socket.gethostname()}")
+    ends = [line for line in shown.splitlines() if " - " in line]
+    assert ends == [
+        "stopped     distill small · 0.5 · pruned · seed 0 - successive halving at step 4",
+        "interrupted distill small · 0.5 · scratch · seed 0 - asked to end: stopped after step 7",
+    ]
 
 
 def test_quiet_lines_are_said_only_while_something_runs(synthetic: SyntheticStore) -> None:

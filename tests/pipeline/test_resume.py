@@ -61,18 +61,19 @@ def test_the_reason_to_run_names_the_nearest_artifact_and_what_differs():
 
 
 def test_a_failure_before_this_run_is_tried_again_and_mentioned():
-    failed = Facts(attempt=2, outcome="failed", error="ValueError: the loss is NaN", ended=100.0)
-    assert only(failed, since=101.0) == Run(DISTILL, "no artifact; attempt 2 failed: ValueError: the loss is NaN")
+    failed = Facts(attempt=2, outcome="failed", error="ValueError: the loss is NaN")
+    again = Run(DISTILL, "no artifact; attempt 2 failed: ValueError: the loss is NaN")
+    assert only(failed, before={DISTILL.identity: 2}) == only(failed) == again
 
 
 def test_a_failure_since_this_run_began_is_final():
-    failed = Facts(attempt=2, outcome="failed", error="ValueError: no", ended=100.0, log="/store/log.txt")
-    action = only(failed, since=99.0)
+    failed = Facts(attempt=2, outcome="failed", error="ValueError: no", log="/store/log.txt")
+    action = only(failed, before={DISTILL.identity: 1})
     assert action == Refuse(DISTILL, "attempt 2 failed: ValueError: no (/store/log.txt)", "failed")
 
 
 def test_a_step_checkpoint_is_resumed_from_and_the_reason_tells_its_history():
-    failed = Facts(checkpoint=200, attempt=2, outcome="failed", error="OutOfMemoryError: 2 GB", ended=1.0)
+    failed = Facts(checkpoint=200, attempt=2, outcome="failed", error="OutOfMemoryError: 2 GB")
     assert only(failed) == Resume(DISTILL, "from step checkpoint 200 of attempt 2 which failed: OutOfMemoryError: 2 GB")
     killed = Facts(checkpoint=40, lease="dead", attempt=1, outcome="interrupted", error="process 12 on host is gone")
     assert only(killed) == Resume(

@@ -117,14 +117,30 @@ def test_a_failure_is_one_line_and_its_traceback_is_in_the_log_alone(store: Stor
 
 def test_a_failed_stage_is_tried_again_by_the_next_run_and_not_by_this_one(store: Store):
     stage = toy(does="fail")
-    begun = time.time()
+    begun = store.ended_attempts([stage])
     for _ in range(2):
         with pytest.raises(StageFailed):
             run_graph([stage], store)
     assert store.status(stage).attempt == 2
     with pytest.raises(StageFailed, match="the loss is NaN"):
-        run_graph([stage], store, RunContext(since=begun))
+        run_graph([stage], store, RunContext(before=begun))
     assert store.status(stage).attempt == 2
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_neither_repeats_a_failure_nor_forbids_a_second_try(
+    store: Store, monkeypatch: pytest.MonkeyPatch, jump: float
+):
+    stage, now = toy(does="fail"), time.time
+    begun = store.ended_attempts([stage])
+    monkeypatch.setattr(time, "time", lambda: now() + jump)
+    with pytest.raises(StageFailed):
+        run_graph([stage], store, RunContext(before=begun))
+    monkeypatch.setattr(time, "time", now)
+    for attempts, before in ((1, begun), (2, store.ended_attempts([stage]))):
+        with pytest.raises(StageFailed):
+            run_graph([stage], store, RunContext(before=before))
+        assert store.status(stage).attempt == attempts
 
 
 def test_what_is_downstream_of_a_failure_is_not_touched(store: Store):

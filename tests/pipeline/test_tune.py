@@ -30,7 +30,7 @@ def scheduler(cells: list[Any], root: Any) -> CooperativeAsha:
         ResourcesConfig(),
         asha,
         False,
-        0.0,
+        {},
         ("evaluate",),
         root / "interrupt",
     )
