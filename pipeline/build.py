@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overfill.errors import UserError
 from pipeline.fingerprint import digest_file, remember_digest
 from pipeline.lease import BEAT, Lease, LeaseLost, acquire, attempt_folder
 from pipeline.notes import read_note, time_of
@@ -64,7 +65,18 @@ class Build:
         """Take the lease of the next attempt; None when another process was faster or has published meanwhile.
 
         What dead attempts left behind is cleared: their outcome is written down, their staging folders removed. An
-        altered payload is renamed to `altered-<attempt>`, for people to look at."""
+        altered payload is renamed to `altered-<attempt>`, for people to look at.
+        Raises UserError when the folder cannot be written."""
+        try:
+            return cls._begin(store, stage, facts, resources, beat)
+        except OSError as error:
+            raise UserError(
+                f"{store.folder(stage)}: cannot be built there ({error.strerror}: {error.filename}); "
+                "make room, or move away what is in its place"
+            ) from error
+
+    @classmethod
+    def _begin(cls, store: Store, stage: Stage, facts: Facts, resources: Any, beat: float) -> Build | None:
         folder = store.create(stage)
         lease = acquire(folder / "attempts", facts.attempt, beat)
         if lease is None:
@@ -79,7 +91,7 @@ class Build:
             content = {"started": build.started, "host": socket.gethostname(), "pid": os.getpid()}
             write_json(lease.folder / ATTEMPT_FILE, content | {"resources": _plain(resources)})
             _set_altered_aside(store, stage, folder, lease)
-            if (folder / "payload").exists():
+            if os.path.lexists(folder / "payload"):
                 build._end("interrupted", "an earlier attempt has published meanwhile")
                 lease.release()
                 return None

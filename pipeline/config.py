@@ -92,6 +92,10 @@ class DataConfig(Frozen):
     def _source_has_its_fields(self) -> DataConfig:
         if self.source in ("jsonl", "parquet") and not self.path:
             raise ValueError(f"source `{self.source}` needs `path`: a file, or a folder with train and test files")
+        if self.source in ("toy", "hf") and self.path:
+            raise ValueError(
+                f"source `{self.source}` reads no `path`; leave it out, or give source `jsonl` or `parquet`"
+            )
         if self.source == "hf" and not (self.dataset and self.revision):
             raise ValueError("source `hf` needs `dataset` and `revision` (a commit of the dataset's repository)")
         if self.source == "toy" and not self.tasks:

@@ -130,18 +130,20 @@ def _files(data: DataConfig) -> External | None:
     path = local_path(data.path, "data.path")
     if data.source in ("jsonl", "parquet"):
         corpus_files(path, data.source)  # before anything is read: a wrong folder may hold the whole disk
-    return External("files", _content(path), None, str(path))
+    return External("files", _content(path, "data.path"), None, str(path))
 
 
 @lru_cache(maxsize=64)
-def _content(path: Path) -> str:
+def _content(path: Path, field: str) -> str:
     if path.is_dir() and not any(path.iterdir()):
-        raise UserError(f"{path}: is empty; put the corpus' or the model's files there")
+        raise UserError(f"{field} = {path}: is empty; put the corpus' or the model's files there")
     try:
         return digest_tree(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}); give a folder that holds its files itself") from error
+        raise UserError(
+            f"{field} = {path}: cannot be read ({reason}); give a folder that holds its files itself"
+        ) from error
 
 
 def _tokenizer(config: ExperimentConfig, files: External | None) -> Input:
@@ -155,7 +157,7 @@ def _tokenizer(config: ExperimentConfig, files: External | None) -> Input:
         return Stage("tokenizer", 1, settings, inputs, "pipeline.stages.tokenizer:run", config.data.source)
     folder = local_path(str(teacher.model), "teacher.model")
     if folder.is_dir():
-        return External("model", _content(folder), None, str(folder))
+        return External("model", _content(folder, "teacher.model"), None, str(folder))
     if teacher.revision is None:
         raise UserError(
             f"teacher.model = {teacher.model}: no such folder; for a Hub id give `teacher.revision`, a commit"

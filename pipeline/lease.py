@@ -177,6 +177,8 @@ def _write(descriptor: int, owner: Owner, count: int, over: bool = False) -> Non
 
 def newest_attempt(attempts: Path) -> int:
     """The highest attempt number; 0 when there is none."""
+    if not attempts.is_dir():  # nor a link that leads round in a circle
+        return 0
     try:
         return max((int(path.name) for path in attempts.iterdir() if _NUMBER.fullmatch(path.name)), default=0)
     except (FileNotFoundError, NotADirectoryError):

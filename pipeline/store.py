@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -297,7 +298,7 @@ def verify_model(folder: Path) -> None:
 
 def _checked(folder: Path, identity: str, full: bool) -> Record | None:
     payload = folder / "payload"
-    if not payload.exists():
+    if not os.path.lexists(payload):  # a link to nothing is in the way, too
         return None
     try:
         require_regular(payload / RECORD_FILE)

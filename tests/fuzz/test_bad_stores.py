@@ -6,10 +6,12 @@ on a damaged store ends with whole artifacts or with the folder that is in its w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,10 +116,13 @@ def copied(path: Path, chance: random.Random) -> None:
     target = path.with_name(
         chance.choice([f"{path.name} (copy)", f"x_{path.name[-12:]}", "0007", "step-00000009-aaaaaa"])
     )
-    if not os.path.lexists(target):
-        shutil.copytree(path, target, symlinks=True) if path.is_dir() else shutil.copy(
-            path, target, follow_symlinks=False
-        )
+    if os.path.lexists(target):
+        return
+    if path.is_dir():
+        with contextlib.suppress(shutil.Error):  # a pipe in it is left out
+            shutil.copytree(path, target, symlinks=True)
+    else:
+        shutil.copy(path, target, follow_symlinks=False)
 
 
 DAMAGES: list[Damage] = [delete, replaced, junk, bytes_changed, cut, edited, edited, renamed, copied]
@@ -219,7 +224,7 @@ def test_a_run_on_a_damaged_store_ends_whole_or_names_what_is_in_its_way(tmp_pat
         shutil.copytree(home / "sound", root, symlinks=True)
         try:
             damage(root, seed, times)
-            payloads = {name: found for name, found in contents(root).items() if "/payload/" in name}
+            payloads = [found for name, found in contents(root).items() if "/payload/" in name]
             store = Store(root, ttl=0.2)
             try:
                 with time_limit():
@@ -229,7 +234,8 @@ def test_a_run_on_a_damaged_store_ends_whole_or_names_what_is_in_its_way(tmp_pat
                 assert str(root) in str(error) and "\n" not in str(error)
             except StageFailed as failure:
                 assert isinstance(failure.__cause__, UserError | OSError)
-            assert payloads.items() <= contents(root).items()
+            # What was altered may be set aside, but is there.
+            assert not Counter(payloads) - Counter(contents(root).values())
         finally:
             shutil.rmtree(root)
 
