@@ -38,8 +38,8 @@ class Advice:
     @property
     def surely_keeps(self) -> bool:
         """Whether the whole interval of what it keeps lies above `KEEP_QUALITY`."""
-        ratio = None if self.against_full is None else self.against_full.ratio
-        return ratio is not None and ratio.low >= KEEP_QUALITY
+        share = None if self.against_full is None else self.against_full.share
+        return share is not None and share.low >= KEEP_QUALITY
 
     @property
     def surely_faster(self) -> bool | None:

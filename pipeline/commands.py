@@ -24,6 +24,7 @@ from pipeline.experiment import (
     sweep_folder,
 )
 from pipeline.exports import summary_json, to_csv, to_json, write_report
+from pipeline.html_report import PAGE_FILE, write_page
 from pipeline.report import make_report
 from pipeline.store import Store
 from pipeline.tables import markdown, print_report
@@ -46,9 +47,11 @@ def run_experiment(experiment: Experiment, store: Store, address: str | None, co
     else:
         outcomes = run_missing(experiment, store, address, console, continue_stopped)
     report = make_report(experiment.name, experiment.config.description, experiment.cells, store)
-    files = write_report(report, sweep_folder(store, experiment.name))
+    folder = sweep_folder(store, experiment.name)
+    files, page = write_report(report, folder), folder / PAGE_FILE
+    write_page(report, experiment.cells, store, page)
     print_report(report, Console())
-    _print_places(store, [path for path in files if path.suffix == ".png"], console)
+    _print_places(store, [path for path in files if path.suffix == ".png"], page, console)
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:
         where = f" (log: {outcome.log})" if outcome.log else ""
@@ -58,7 +61,8 @@ def run_experiment(experiment: Experiment, store: Store, address: str | None, co
     return 1 if failed else 0
 
 
-def _print_places(store: Store, plots: list[Path], console: Console) -> None:
+def _print_places(store: Store, plots: list[Path], page: Path, console: Console) -> None:
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
     for plot in plots:
         console.print(f"{plot.stem} plot: {plot}", highlight=False, soft_wrap=True)
     default = store.root == Path(DEFAULT_STORE).absolute()
@@ -79,8 +83,6 @@ def print_comparison(
         )
     report = make_report(experiment.name, experiment.config.description, experiment.cells, store, budget)
     if html is not None:
-        from pipeline.html_report import write_page
-
         write_page(report, experiment.cells, store, Path(html))
         Console(stderr=True).print(f"report: {Path(html).absolute()}", highlight=False, soft_wrap=True)
     if forms:

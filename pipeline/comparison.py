@@ -48,6 +48,8 @@ class Comparison:
     """first - second, with its paired interval."""
     ratio: Interval | None
     """Mean over tasks of first / second; None where no task has one."""
+    share: Interval | None
+    """first / second of the means over tasks; None where the second is 0 in the data or in some resample."""
     ratio_tasks: int
     """How many tasks have one."""
     wins: int
@@ -94,16 +96,20 @@ def compare_over_tasks(
     arrays = [score_array(task) for task in tasks]
     means = [array.mean(axis=(1, 2)) for array in arrays]
     drawn = resampled_means(arrays, resamples, seed)
-    value = float(np.mean([mean[0] - mean[1] for mean in means]))
-    differences = np.mean([one[:, 0] - one[:, 1] for one in drawn], axis=0)
+    over_tasks = np.mean(drawn, axis=0)
+    differences = over_tasks[:, 0] - over_tasks[:, 1]
+    first, second = (float(np.mean([mean[system] for mean in means])) for system in (0, 1))
     known = [
         (mean[0] / mean[1], one[:, 0] / one[:, 1]) for mean, one in zip(means, drawn, strict=True) if one[:, 1].all()
     ]
     return Comparison(
-        first=float(np.mean([mean[0] for mean in means])),
-        second=float(np.mean([mean[1] for mean in means])),
-        difference=percentiles(value, differences, confidence),
+        first=first,
+        second=second,
+        difference=percentiles(first - second, differences, confidence),
         ratio=_mean_ratio(known, confidence),
+        share=percentiles(first / second, over_tasks[:, 0] / over_tasks[:, 1], confidence)
+        if over_tasks[:, 1].all()
+        else None,
         ratio_tasks=len(known),
         wins=sum(int((array[0] > array[1]).sum()) for array in arrays),
         losses=sum(int((array[0] < array[1]).sum()) for array in arrays),

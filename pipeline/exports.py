@@ -104,6 +104,7 @@ def _configuration(group: Group, report: Report) -> dict[str, Any]:
         "seeds": list(group.seeds),
         "exact_match": _interval(group.exact_match),
         "tasks": {task: _interval(score) for task, score in group.tasks.items()},
+        "unpaired_tasks": group.unpaired,
         "average": _interval(group.average),
         **{name: group.mean(name) for name in means},
         "dominated_by": {

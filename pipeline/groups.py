@@ -42,6 +42,16 @@ class Group:
         return self.exact_match if self.quality_tasks == (HELD_OUT,) else self.average
 
     @property
+    def unpaired(self) -> dict[str, float]:
+        """Tasks whose metric is no number per sample, `task metric` -> mean over seeds."""
+        found: dict[str, list[float]] = {}
+        for member in self.members:
+            for task, metric in member.get("tasks", {}).items():
+                if task not in self.scores:
+                    found.setdefault(f"{task} {metric['metric']}", []).append(metric["value"])
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+    @property
     def is_pruned(self) -> bool:
         """Whether it has a pruning ratio."""
         return LOOKS[self.method].pruned

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from pipeline.sweep import Cell
 
 PAGE = Path(__file__).parent / "page"
+PAGE_FILE = "report.html"
+"""The page in a sweep's own folder."""
 
 
 def write_page(report: Report, cells: Sequence[Cell], store: Store, path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.statistics import CONFIDENCE, RESAMPLES, FloatArray, Interval, percentiles, wilson
 
-Scores = Mapping[int, float]
+Scores = Mapping[int, float] | Mapping[str, float]
 """{sample id: score}; right and wrong are 1 and 0."""
 _AT_ONCE = 2_000_000
 """Numbers of a draw that are held in memory at once."""

@@ -67,7 +67,7 @@ def tables(report: Report) -> list[Table]:
     for teacher in dict.fromkeys(group.teacher for group in report.groups):
         own = [group for group in report.groups if group.teacher == teacher]
         found.append(_teacher_table(teacher, own, report))
-        found += [_tasks_table(teacher, own)] if any(group.tasks for group in own) else []
+        found += [_tasks_table(teacher, own)] if any(group.tasks or group.unpaired for group in own) else []
     return [*found, *([_duel_table(report.duels)] if report.duels else [])]
 
 
@@ -217,13 +217,22 @@ def _marked(text: str, group: Group, cost: Cost, report: Report) -> str:
 
 def _tasks_table(teacher: str, found: Sequence[Group]) -> Table:
     tasks = list(dict.fromkeys(task for group in found for task in group.tasks))
-    variants = any(group.variant for group in found)
-    columns = ("ratio", "method", *(("variant",) if variants else ()), *map(task_name, tasks), "average")
+    unpaired = list(dict.fromkeys(name for group in found for name in group.unpaired))
+    variants, average = any(group.variant for group in found), len(tasks) > 1
+    columns = (
+        *("ratio", "method"), *(("variant",) if variants else ()),
+        *(f"{task} %" for task in tasks), *(("average %",) if average else ()), *unpaired,
+    )  # fmt: skip
     rows = tuple(
-        (*_name(group, variants), *(percent(group.tasks.get(task)) for task in tasks), percent(group.average))
+        (
+            *_name(group, variants),
+            *(percent(group.tasks.get(task)) for task in tasks),
+            *((percent(group.average),) if average else ()),
+            *(NOTHING if (value := group.unpaired.get(name)) is None else f"{value:.4g}" for name in unpaired),
+        )
         for group in found
     )
-    return Table(f"{teacher}: tasks, %", columns, rows)
+    return Table(f"{teacher}: tasks", columns, rows)
 
 
 def _duel_table(found: Sequence[Duel]) -> Table:

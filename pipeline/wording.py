@@ -75,18 +75,16 @@ def _ship(teacher: str, advice: Advice, report: Report) -> Verdict:
 def _sure(advice: Advice) -> Iterator[str]:
     result = advice.against_full
     yield f"{quality_name(advice.best)} {percent(advice.best.quality)} % against {100 * advice.full:.1f} %"
-    if result is not None and result.ratio is not None:
-        held = "surely" if advice.surely_keeps else "not surely" if advice.keeps_quality else "surely not"
-        if result.ratio.low < KEEP_QUALITY <= result.ratio.high:
-            held = "not surely"
-        yield f"on the same samples it keeps {_kept(result.ratio)}, {held} {KEEP_QUALITY:.0%}"
+    if result is not None and result.share is not None:
+        held = "surely" if advice.surely_keeps else "surely not" if result.share.high < KEEP_QUALITY else "not surely"
+        yield f"on the same samples it keeps {_kept(result.share)}, {held} {KEEP_QUALITY:.0%}"
     if advice.surely_faster is not None:
         every = "every repetition decoded" if advice.surely_faster else "not every repetition decoded"
         yield f"{every} faster than the full model's fastest"
 
 
-def _kept(ratio: Interval) -> str:
-    return f"{100 * ratio.value:.1f}% {span(ratio, 1, 100)}"
+def _kept(share: Interval) -> str:
+    return f"{100 * share.value:.1f}% {span(share, 1, 100)}"
 
 
 def _rival(best: Group, report: Report) -> Iterator[str]:

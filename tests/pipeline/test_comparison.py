@@ -102,6 +102,8 @@ def test_tasks_count_the_same_whatever_their_size() -> None:
     result = compare_over_tasks(tasks)
     assert (result.tasks, result.samples) == (2, 104)
     assert result.difference.value == pytest.approx((0.3 + 0.25) / 2)
+    assert result.share is not None
+    assert result.share.value == pytest.approx((0.9 + 0.5) / (0.6 + 0.25))
     assert average_over_tasks([first for first, _ in tasks]).value == pytest.approx((0.9 + 0.5) / 2)
 
 
