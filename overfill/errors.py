@@ -19,3 +19,13 @@ class UserError(Exception):
         if len(text) > _LONGEST:
             text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
         return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
+
+
+def disk_full(error: BaseException) -> UserError | None:
+    """What to tell of a full disk, whichever library met it; None for any other error."""
+    text = str(error)
+    if "No space left on device" not in text and "Disk quota exceeded" not in text:
+        return None
+    return UserError(
+        f"{getattr(error, 'filename', None) or 'the store'}: the disk is full; free some space and run again"
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from overfill.errors import UserError
+from overfill.errors import UserError, disk_full
 
 if TYPE_CHECKING:
     from pipeline.job_server import JobServer
@@ -319,6 +319,11 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if (full := disk_full(error)) is None:
+            raise
+        sys.stderr.write(f"overfill: {full}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

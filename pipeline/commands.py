@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from pipeline.tune import Outcome
 
 
+DONE_FLUSH_S = 2.0
+"""Longest wait for a server of MLflow that is away when there is nothing to run."""
+
+
 def run_experiment(experiment: Experiment, store: Store, address: str | None, continue_stopped: bool) -> int:
     """Run what is missing and print the comparison; exit code 1 when a cell failed."""
     console = Console(stderr=True)
@@ -42,7 +46,7 @@ def run_experiment(experiment: Experiment, store: Store, address: str | None, co
     outcomes: list[Outcome] = []
     if is_done(experiment, store):
         console.print(f"{experiment.name}: all {len(experiment.cells)} cells are done already", highlight=False)
-        with Tracker(store, experiment.config, experiment.cells):
+        with Tracker(store, experiment.config, experiment.cells, flush=DONE_FLUSH_S):
             pass  # a driver that was killed at its end may have left MLflow behind
     else:
         outcomes = run_missing(experiment, store, address, console, continue_stopped)

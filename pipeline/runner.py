@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from overfill.errors import UserError
+from overfill.errors import UserError, disk_full
 from pipeline.build import Build
 from pipeline.fingerprint import digest_tree
 from pipeline.lease import BEAT, LeaseLost
@@ -262,6 +262,7 @@ def _input_paths(stage: Stage, store: Store) -> dict[str, Path]:
 
 def _cause(error: Exception) -> str:
     """One line; a user's mistake is already in words, anything else is named by its type."""
+    error = disk_full(error) or error
     return _one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_one_line(error)}"
 
 

@@ -12,6 +12,7 @@ at the next step; it saves its position and ends. Killing the trial instead woul
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -23,13 +24,15 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from overfill.errors import UserError
+from overfill.errors import UserError, disk_full
 from pipeline.config import AshaConfig, ResourcesConfig
 from pipeline.curves import Curve
 from pipeline.runner import RunContext, StageFailed, StageInterrupted, StageStopped, run_graph
 from pipeline.store import AlteredArtifact, Store
 from pipeline.sweep import Cell, to_build
 from pipeline.training.resources import STOP_FILE, StopFile
+
+log = logging.getLogger(__name__)
 
 RUNG_METRIC = "validation/nll"
 """What successive halving compares; smaller is better."""
@@ -147,6 +150,9 @@ def _run(cell: Cell, store: Store, context: RunContext, leaves: tuple[str, ...])
         return Outcome(cell.index, "interrupted", f"{interrupted.stage.name}: {interrupted.reason}")
     except (AlteredArtifact, UserError) as error:
         return Outcome(cell.index, "failed", str(error))
+    except OSError as error:  # the store itself cannot be written or read: no stage, and no attempt's log
+        log.exception("cell %s", cell.label)
+        return Outcome(cell.index, "failed", str(disk_full(error) or f"{type(error).__name__}: {error}"))
     return Outcome(cell.index, "done")
 
 

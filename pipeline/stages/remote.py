@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import ray
 
-from overfill.errors import UserError
+from overfill.errors import UserError, disk_full
 from pipeline.cluster import capacity
 from pipeline.config import StageResources
 from pipeline.stage import StageRun, Stopped
@@ -106,4 +106,6 @@ def _guarded(work: Callable[[StageRun], Metrics], run: StageRun) -> _Result:
     except Exception as error:
         if cause_of(error) == "memory":
             return _Result(out_of_memory=str(error))
+        if full := disk_full(error):
+            return _Result(user_error=str(full))
         return _Result(traceback=traceback.format_exc())

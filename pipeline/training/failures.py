@@ -22,7 +22,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from overfill.errors import UserError
+from overfill.errors import UserError, disk_full
 from pipeline.config import StageResources
 
 
@@ -56,7 +56,7 @@ def cause_of(error: BaseException) -> Cause:
     """The cause of one worker's error."""
     error = origin(error)
     text = str(error)
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or disk_full(error):
         return "user"
     # By name: torch's own class may not be imported here, and Ray has one of the same name and meaning.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _any(MEMORY_WORDS, text):

@@ -20,7 +20,7 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import PreemptionError
 
-from overfill.errors import UserError
+from overfill.errors import UserError, disk_full
 from pipeline.cluster import check_workers, largest_cluster, worker_bundle
 from pipeline.config import StageResources
 from pipeline.stage import StageRun
@@ -128,7 +128,9 @@ def _final(error: TrainingFailedError, run: StageRun, resources: StageResources)
     cause = cause_of_failure(error)
     if isinstance(error, WorkerGroupError) and cause in ("user", "memory"):
         _, own = first_of(cause, error.worker_failures)
-        return UserError(str(origin(own)) if cause == "user" else out_of_memory(run.stage.name, resources, own))
+        if cause == "memory":
+            return UserError(out_of_memory(run.stage.name, resources, own))
+        return disk_full(origin(own)) or UserError(str(origin(own)))
     return TrainingFailed(f"{describe(error)}; the workers' logs are in {run.attempt}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -395,3 +396,13 @@ def test_importing_the_pure_modules_loads_neither_torch_nor_ray_nor_mlflow():
     )
     done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_full_disk_is_one_line_with_the_way_out(store: Store, monkeypatch: pytest.MonkeyPatch):
+    def fill(run: StageRun) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.staging / "model.safetensors"))
+
+    monkeypatch.setattr(store_toys, "write", fill)
+    with pytest.raises(StageFailed) as raised:
+        run_graph([toy()], store)
+    assert raised.value.cause.endswith("model.safetensors: the disk is full; free some space and run again")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
@@ -31,6 +34,8 @@ def died(text: str, preempted: bool = False) -> RayActorError:
     ("error", "cause"),
     [
         (UserError("data.path = x: no such file"), "user"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/store/x"), "user"),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "user"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory"),
         (MemoryError(), "memory"),
         (RuntimeError(ALLOCATOR), "memory"),
@@ -99,6 +104,8 @@ def test_what_is_raised_in_the_end_says_what_to_do(tmp_path) -> None:
     run = distill_run(tmp_path, {}, resources={"micro_batch": 8})
     mistake = _final(group(LOST_PEER, UserError("data: no such file")), run, run.resources)
     assert (type(mistake), str(mistake)) == (UserError, "data: no such file")
+    disk = _final(group(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/store/x")), run, run.resources)
+    assert str(disk) == "/store/x: the disk is full; free some space and run again"
     full = _final(group(MemoryError("no room")), run, run.resources)
     assert isinstance(full, UserError)
     assert str(full) == (
