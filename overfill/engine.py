@@ -50,8 +50,8 @@ class DecodeState:
         """Tokens that can still be read."""
         return self.store.columns - 1 - self.length
 
-    def repeat(self, times: int) -> None:
-        """Repeat each row `times` times, next to each other."""
+    def repeat(self, times: int | Tensor) -> None:
+        """Repeat each row `times` times, next to each other; with int64 [B] each row as often as it says."""
         self.store = self.store.repeat(times)
         self.valid = self.valid.repeat_interleave(times, dim=0)
         self.padding = self.padding.repeat_interleave(times, dim=0)

@@ -97,7 +97,7 @@ def judge(
     for indices in _batches(samples, batch):
         rows = [samples[i] for i in indices]
         predictions = _generate(engine, tokenizer, rows, max_new_tokens, refresh, exact, asked)
-        padded = PromptResponseBatch.collate([(row.prompt, row.response) for row in rows], pad_id=_pad(tokenizer))
+        padded = PromptResponseBatch.collate([(row.prompt, row.response) for row in rows], pad_id=pad_token(tokenizer))
         scores = score_responses(full if exact else engine, padded, refresh=refresh)
         theirs = scores if exact or engine is full else score_responses(full, padded)
         agreeing = ((scores.greedy == theirs.greedy.to(scores.greedy.device)) & scores.mask).sum(1)
@@ -129,7 +129,7 @@ def _generate(
     asked: Counter[str],
 ) -> list[str]:
     width = max(len(row.prompt) for row in rows)
-    ids = torch.full((len(rows), width), _pad(tokenizer), dtype=torch.long)
+    ids = torch.full((len(rows), width), pad_token(tokenizer), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for place, row in enumerate(rows):
         ids[place, width - len(row.prompt) :] = torch.tensor([int(token) for token in row.prompt])
@@ -137,8 +137,8 @@ def _generate(
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, engine.max_positions - width),
         do_sample=False,
-        eos_token_id=_ends(engine, tokenizer),
-        pad_token_id=_pad(tokenizer),
+        eos_token_id=end_tokens(engine, tokenizer),
+        pad_token_id=pad_token(tokenizer),
     )
     request = prepare_request(engine, ids, mask, config, {"return_dict_in_generate": True})
     out = run_exact(engine, request) if exact else run_loop(engine, request, refresh=refresh)
@@ -150,11 +150,12 @@ def _generate(
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def _pad(tokenizer: Any) -> int:
+def pad_token(tokenizer: Any) -> int:
+    """What fills rows up: the tokenizer's padding token, else its end of text."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _ends(engine: Engine, tokenizer: Any) -> list[int]:
+def end_tokens(engine: Engine, tokenizer: Any) -> list[int]:
     """End-of-turn tokens: the generation config's, which for chat models is more than the tokenizer's one."""
     known = engine.prefill_model.generation_config.eos_token_id
     ids = known if isinstance(known, list) else [] if known is None else [known]

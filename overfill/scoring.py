@@ -2,14 +2,15 @@
 
 For OverFill the first token is scored by the full model and the others by the student on the full model's cache; for a
 model alone (`Engine(model, model)`) all by that model. The sum over a response is what the decode loop would have seen.
-Logits exist for one piece of the tokens at a time.
+Logits exist for one piece of the tokens at a time. Continuations of one context share its reading: the full model reads
+it once, and every continuation gets a copy of its keys and values.
 
 Letters: B batch, R response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +55,82 @@ def score_responses(
         refresh: as when generating; gated by entropy, tokens are read one at a time.
     """
     batch = batch.to(engine.device)
-    targets, mask = batch.response_ids, batch.response_mask
     first, state = engine.prefill(batch.prompt_ids, batch.prompt_mask, batch.response_width)
+    return _score_read(engine, first, state, batch, tokens_per_chunk, refresh)
+
+
+@dataclass(frozen=True)
+class ScoredContext:
+    """A context and what may follow it, as token ids."""
+
+    context: Sequence[int]
+    """At least one token."""
+    given: Sequence[int]
+    """Tokens after the context that are scored and yet part of the prompt: the full model reads them too. A chat
+    template's white space after the assistant's header is such, where a scorer counts it to the answer."""
+    continuations: Sequence[Sequence[int]]
+    """At least one, each with at least one token: what is scored behind context and given tokens."""
+
+
+@torch.no_grad()
+def score_continuations(
+    engine: Engine,
+    contexts: Sequence[ScoredContext],
+    pad_id: int,
+    tokens_per_chunk: int = 1024,
+    refresh: Refresh | None = None,
+) -> list[list[tuple[float, bool]]]:
+    """Score continuations, each context read once.
+
+    Args:
+        contexts: all with the same number of given tokens.
+        tokens_per_chunk, refresh: as for `score_responses`.
+
+    Returns:
+        For each context and continuation the log-probability of given tokens and continuation together, in nats, and
+        whether the system would write exactly them when it decodes greedily.
+
+    Raises:
+        ValueError: numbers of given tokens differ, or a context or continuation has no token.
+    """
+    counts = torch.tensor([len(context.continuations) for context in contexts], device=engine.device)
+    empty = any(not part for c in contexts for part in (c.context, c.continuations, *c.continuations))
+    if empty or len({len(context.given) for context in contexts}) != 1:
+        raise ValueError("contexts and continuations have at least one token, and all contexts equally many given ones")
+    rows = [((*c.context, *c.given), continuation) for c in contexts for continuation in c.continuations]
+    batch = PromptResponseBatch.collate(rows, pad_id).to(engine.device)
+    firsts = counts.cumsum(0) - counts
+    prompts, given = batch.prompt_ids[firsts], len(contexts[0].given)
+    width = batch.prompt_width - given
+    first, state = engine.prefill(prompts[:, :width], batch.prompt_mask[firsts, :width], given + batch.response_width)
+    before, certain = torch.zeros(len(contexts), device=engine.device), torch.ones_like(firsts, dtype=torch.bool)
+    for column in range(width, batch.prompt_width):
+        logprobs, greedy = _score(first, prompts[:, column])
+        before, certain = before + logprobs, certain & (greedy == prompts[:, column])
+        first = engine.full_reads(state, prompts[:, column : column + 1], column)
+    state.repeat(counts)
+    scores = _score_read(engine, first.repeat_interleave(counts, 0), state, batch, tokens_per_chunk, refresh)
+    sums = scores.row_logprobs + before.repeat_interleave(counts)
+    written = certain.repeat_interleave(counts) & ((scores.greedy == batch.response_ids) | ~scores.mask).all(1)
+    flat = iter(zip(sums.tolist(), written.tolist(), strict=True))
+    return [[next(flat) for _ in context.continuations] for context in contexts]
+
+
+def _score_read(
+    engine: Engine,
+    first: Tensor,
+    state: DecodeState,
+    batch: PromptResponseBatch,
+    tokens_per_chunk: int,
+    refresh: Refresh | None,
+) -> ResponseScores:
+    """Scores of responses whose prompts have been read: logits [B, V] of their first tokens, and the state after it."""
+    targets, mask = batch.response_ids, batch.response_mask
     logprobs = torch.zeros(targets.shape, device=targets.device)
     greedy = torch.zeros_like(targets)
     logprobs[:, 0], greedy[:, 0] = _score(first, targets[:, 0])
-    for start, hidden, head in _pieces(engine, state, batch, refresh):
+    pieces = _pieces(engine, state, batch, refresh) if bool(mask[:, 1:].any()) else ()  # one token: nothing to read
+    for start, hidden, head in pieces:
         later = mask[:, start : start + hidden.shape[1]].nonzero(as_tuple=True)
         for rows, columns in zip(*(part.split(tokens_per_chunk) for part in later), strict=True):
             to = (rows, columns + start)

@@ -48,8 +48,8 @@ class KVStore:
         """C."""
         return self.keys[0].shape[2]
 
-    def repeat(self, times: int) -> KVStore:
-        """Each row `times` times, next to each other; a copy."""
+    def repeat(self, times: int | Tensor) -> KVStore:
+        """Each row `times` times, next to each other, or with int64 [B] each row as often as it says; a copy."""
 
         def repeated(states: Tensor) -> Tensor:
             return states.permute(2, 0, 1, 3).repeat_interleave(times, dim=1).permute(1, 2, 0, 3)

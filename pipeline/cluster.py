@@ -150,7 +150,9 @@ def concurrent_cells(config: ExperimentConfig, has: Capacity, cells: int) -> int
     A CPU is counted per CPU thread, though a worker reserves less of it: threads that share a core gain nothing."""
     if config.resources.max_concurrent is not None:
         return min(config.resources.max_concurrent, cells)
-    stages = (config.resources.distill, config.resources.evaluate)  # a teacher is made once, while other cells wait
+    # A teacher is made once, while other cells wait.
+    stages = [config.resources.distill, config.resources.evaluate]
+    stages += [config.resources.tasks] if config.evaluate.tasks else []
     return max(1, min(cells, *(_fits(stage, has) for stage in stages)))
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from overfill.config import Frozen, ImportanceConfig, PruneConfig
 from overfill.dial import dial
 from overfill.errors import UserError
+from pipeline.config_tasks import TasksConfig
 from pipeline.config_training import (
     LARGEST,
     NOT_IDENTITY,
@@ -107,8 +108,8 @@ class DataConfig(Frozen):
         return self
 
 
-class EvaluateConfig(Frozen):
-    """Accuracy on the held-out part of the corpus, greedy decoding."""
+class EvaluateConfig(TasksConfig):
+    """Accuracy: on the held-out part of the corpus with greedy decoding, and on tasks of lm-evaluation-harness."""
 
     samples: Count = 512
     """Held-out samples."""
@@ -218,7 +219,9 @@ class ResourcesConfig(Frozen):
     distill: StageResources = StageResources()
     """Training of the student."""
     evaluate: StageResources = StageResources()
-    """Accuracy."""
+    """Accuracy on the held-out part of the corpus."""
+    tasks: StageResources = StageResources()
+    """Accuracy on tasks; the workers share out the documents."""
     benchmark: StageResources = StageResources()
     """Latency; it runs alone on its device."""
     max_concurrent: Count | None = None
@@ -231,7 +234,7 @@ class ObjectiveConfig(Frozen):
     """What a sweep looks for."""
 
     metric: str = "eval/exact_match"
-    """Name of a metric that every cell has at its end."""
+    """Name of a metric that every cell has at its end; `gsm8k_cot_llama/exact_match` for one of `evaluate.tasks`."""
     mode: Literal["max", "min"] = "max"
     """Whether more or less of it is better."""
 

@@ -48,6 +48,7 @@ def cell_costs(cell: Cell) -> dict[str, Cost]:
             "distill": _distillation(cell, full, student, length),
         }
     costs["evaluate"] = _evaluation(cell, full, student, length)
+    costs["tasks"] = Cost(costs["evaluate"].memory, None)  # how long its prompts are is known only when they are made
     return costs
 
 

@@ -23,7 +23,7 @@ from pipeline.record import write_text
 from pipeline.resume import Action, plan
 from pipeline.stage import Stage
 from pipeline.store import Store
-from pipeline.sweep import Cell, expand, to_build
+from pipeline.sweep import LEAVES, Cell, expand, to_build
 
 if TYPE_CHECKING:
     from pipeline.cluster import Capacity
@@ -61,9 +61,10 @@ class Experiment:
 
 
 def _make_absolute(values: dict) -> None:
-    data, teacher = values.get("data", {}), values.get("teacher", {})
-    if data.get("path"):
-        data["path"] = str(Path(data["path"]).expanduser().absolute())
+    teacher = values.get("teacher", {})
+    for section, field in (("data", "path"), ("evaluate", "task_path"), ("evaluate", "task_data")):
+        if given := values.get(section, {}).get(field):
+            values[section][field] = str(Path(given).expanduser().absolute())
     if teacher.get("model") and Path(teacher["model"]).expanduser().is_dir():
         teacher["model"] = str(Path(teacher["model"]).expanduser().absolute())
 
@@ -142,6 +143,7 @@ def run_missing(
     with ExitStack() as stack:
         has = stack.enter_context(connected(address))
         check_fits(experiment.config)
+        _check_tasks(experiment, store, console)
         stack.enter_context(Tracker(store, experiment.config, experiment.cells))
         stack.enter_context(Progress(store, experiment.cells, console))
         interruption = stack.enter_context(_interruption(experiment, store, console))
@@ -174,7 +176,7 @@ def _accuracy_then_latency(
     from pipeline.tune import run_cells  # imports ray.tune: only when there is something to run
 
     config, outcomes = experiment.config, {}
-    for leaf in ("evaluate", "benchmark"):
+    for leaf in LEAVES:
         alive = [
             cell for cell in experiment.cells if cell.index not in outcomes or outcomes[cell.index].state == "done"
         ]
@@ -187,3 +189,15 @@ def _accuracy_then_latency(
             )
             outcomes |= {outcome.cell: outcome for outcome in found}
     return list(outcomes.values())
+
+
+def _check_tasks(experiment: Experiment, store: Store, console: Console) -> None:
+    """See early that tasks can be loaded: their data may be on the Hub, and nobody wants to hear of it after training."""
+    built = [stage for cell in experiment.cells for stage in to_build(cell, ("tasks",), store)]
+    missing = {stage.identity: stage for stage in built if stage.name == "tasks"}
+    if missing:
+        from pipeline.stages.tasks import check_tasks  # imports ray: only when there is something to run
+
+        names = sorted({name for stage in missing.values() for name in stage.config["tasks"]})
+        console.print(f"loading the data of {', '.join(names)}", highlight=False, soft_wrap=True)
+        check_tasks(missing.values())

@@ -1,6 +1,6 @@
 """The one place that knows the order of the stages: a cell's config -> its stages, each with its identity.
 
-    tokenizer ──► data ──► teacher ──► calibrate ──► prune ──► distill ──► evaluate
+    tokenizer ──► data ──► teacher ──► calibrate ──► prune ──► distill ──► evaluate, tasks
                                                         └──────────────────► benchmark
 
 A teacher from the Hub is fetched by the `teacher` stage into the store, pinned by its revision; one in a local folder
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from overfill.dial import NONE, dial
 from overfill.errors import UserError
 from overfill.shapes import ModelShape, PrunedWidths, resolve_widths
 from pipeline.config import DataConfig, ExperimentConfig, TeacherConfig
+from pipeline.config_tasks import TasksConfig
 from pipeline.corpus.sources import corpus_files
 from pipeline.fingerprint import digest_tree, identity_config
+from pipeline.harness.names import SHIPPED, find
 from pipeline.machine import device_description
 from pipeline.paths import local_path
 from pipeline.record import libraries
@@ -50,7 +53,8 @@ def cell_stages(config: ExperimentConfig, teacher_shape: ModelShape | None = Non
     stages: list[Input] = [tokenizer, data, teacher]
     inputs: dict[str, Input] = {"teacher": teacher, "data": data}
     if method == "full":
-        return _stages([*stages, _evaluate(config, inputs, label), _benchmark(config, {"teacher": teacher}, label)])
+        judged = [_evaluate(config, inputs, label), *_tasks(config, {"teacher": teacher}, label)]
+        return _stages([*stages, *judged, _benchmark(config, {"teacher": teacher}, label)])
     widths = cell_widths(config, teacher_shape)
     scores = Stage(
         name="calibrate",
@@ -62,12 +66,15 @@ def cell_stages(config: ExperimentConfig, teacher_shape: ModelShape | None = Non
     )
     prune = _prune(teacher, scores, widths, f"{label}-{ratio_label(widths)}")
     distill = _distill(config, {**inputs, "student": prune, "scores": scores}, f"{label}-{ratio_label(widths)}")
-    evaluate = _evaluate(config, {**inputs, "student": distill}, distill.label)
+    judged = [
+        _evaluate(config, {**inputs, "student": distill}, distill.label),
+        *_tasks(config, {"teacher": teacher, "student": distill}, distill.label),
+    ]
     timed: dict[str, Input] = {"teacher": teacher, "student": prune}
     if depends_on_text(_student_reading(config)["refresh"]):
         timed = {"teacher": teacher, "student": distill, "data": inputs["data"]}
     benchmark = _benchmark(config, timed, prune.label if timed["student"] is prune else distill.label)
-    return _stages([*stages, scores, prune, distill, evaluate, benchmark])
+    return _stages([*stages, scores, prune, distill, *judged, benchmark])
 
 
 def ratio_label(widths: PrunedWidths) -> str:
@@ -131,6 +138,15 @@ def _files(data: DataConfig) -> External | None:
     if data.source in ("jsonl", "parquet"):
         corpus_files(path, data.source)  # before anything is read: a wrong folder may hold the whole disk
     return External("files", _content(path, "data.path"), None, str(path))
+
+
+def _folder(given: str | None, field: str) -> External | None:
+    if given is None:
+        return None
+    path = local_path(given, field)
+    if not path.is_dir():
+        raise UserError(f"{field} = {given}: no such folder; give the one that holds the files")
+    return External("files", _content(path, field), None, str(path))
 
 
 @lru_cache(maxsize=64)
@@ -205,8 +221,36 @@ def _distill(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> 
 
 
 def _evaluate(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> Stage:
-    settings = {**identity_config(config.evaluate), "system": SYSTEM[config.distill.method], **_student_reading(config)}
+    own = {
+        name: value for name, value in identity_config(config.evaluate).items() if name not in TasksConfig.model_fields
+    }
+    settings = {**own, "system": SYSTEM[config.distill.method], **_student_reading(config)}
     return Stage("evaluate", 1, settings, dict(inputs), "pipeline.stages.evaluate:run", label)
+
+
+def _tasks(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> list[Stage]:
+    """The stage of the tasks, if there are any. Which version of a task is meant is said by lm_eval's own version, and
+    for tasks in files by their content."""
+    asked = config.evaluate
+    if not asked.tasks:
+        return []
+    folder, data = _folder(asked.task_path, "evaluate.task_path"), _folder(asked.task_data, "evaluate.task_data")
+    found = find(asked.tasks, None if folder is None else Path(str(folder.location)))
+    settings = {name: value for name, value in identity_config(asked).items() if name in TasksConfig.model_fields}
+    settings |= {
+        "tasks": sorted(asked.tasks),
+        "dtype": asked.dtype,
+        "system": SYSTEM[config.distill.method],
+        "template": config.data.chat_template if asked.chat_template else None,
+        "lm_eval": metadata.version("lm_eval"),
+        "shipped": _content(SHIPPED, "evaluate.tasks")
+        if any(known.folder == SHIPPED for known in found.values())
+        else None,
+        **_student_reading(config),
+    }
+    files = {"task_files": folder, "task_data": data}
+    inputs = inputs | {name: source for name, source in files.items() if source is not None}
+    return [Stage("tasks", 1, settings, inputs, "pipeline.stages.tasks:run", label)]
 
 
 def _student_reading(config: ExperimentConfig) -> dict[str, int | str]:

@@ -23,6 +23,9 @@ from pipeline.stage import Stage
 if TYPE_CHECKING:
     from pipeline.store import Store
 
+LEAVES = ("evaluate", "tasks", "benchmark")
+"""Stages whose results make a cell's row, in the order in which they are run."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -55,7 +58,7 @@ class Cell:
     @property
     def leaves(self) -> tuple[Stage, ...]:
         """The stages whose results make the cell's row: accuracy and latency."""
-        return tuple(stage for stage in self.stages if stage.name in ("evaluate", "benchmark"))
+        return tuple(stage for stage in self.stages if stage.name in LEAVES)
 
     def stage(self, name: str) -> Stage | None:
         """The cell's stage of that name, if it has one."""

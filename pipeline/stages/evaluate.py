@@ -37,7 +37,7 @@ def evaluate(run: StageRun) -> Metrics:
     settings = EvaluateConfig.model_validate({k: v for k, v in run.config.items() if k != "system"})
     shards = TokenShards.open(run.inputs["data"] / "test")
     rows = shards.read(range(min(settings.samples, len(shards))))
-    engine, full = _engines(run, settings)
+    engine, full = load_system(run, settings.dtype, settings.weights)
     exact = settings.refresh == EXACT
     asked: Counter[str] = Counter()
     judged = judge(
@@ -69,20 +69,20 @@ def asking(asked: Counter[str]) -> dict[str, float]:
     return found
 
 
-def _engines(run: StageRun, settings: EvaluateConfig) -> tuple[Engine, Engine]:
-    """The judged system, and the full model alone."""
+def load_system(run: StageRun, dtype: str, weights: str) -> tuple[Engine, Engine]:
+    """The judged system, as the stage's config names it, and the full model alone."""
     from overfill.benchmark import DTYPES
     from overfill.checkpoint import load_full_model, load_student
     from overfill.engine import Engine
 
     device = "cuda" if run.resources.gpus_per_worker else "cpu"
-    model = load_full_model(model_folder(run.inputs["teacher"]), dtype=DTYPES[settings.dtype], device=device)
+    model = load_full_model(model_folder(run.inputs["teacher"]), dtype=DTYPES[dtype], device=device)
     full = Engine(model, model)
     if run.config["system"] == "full":
         return full, full
-    student = load_student(model_folder(run.inputs["student"]), dtype=DTYPES[settings.dtype], device=device)
+    student = load_student(model_folder(run.inputs["student"]), dtype=DTYPES[dtype], device=device)
     reader = student if run.config["system"] == "student" else model
-    return Engine(reader, student, weights=settings.weights), full
+    return Engine(reader, student, weights=weights), full
 
 
 def summary(judged: Sequence[Judged]) -> dict[str, float | int]:

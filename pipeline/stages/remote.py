@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import ray
 
@@ -20,6 +21,8 @@ from pipeline.stage import StageRun, Stopped
 from pipeline.training.failures import Budget, cause_of, one_line, out_of_memory
 
 Metrics = Mapping[str, float | int | str]
+Work = Callable[[StageRun], Metrics]
+"""A top-level function, or a `functools.partial` of one: it travels to the worker."""
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +39,18 @@ class _Result:
     traceback: str = ""
 
 
-def run_on_worker(work: Callable[[StageRun], Metrics], run: StageRun, *, exclusive: bool = False) -> Metrics:
+def run_on_worker(work: Work, run: StageRun, *, exclusive: bool = False) -> Metrics:
     """Call the top-level function `work(run)` in a Ray worker and return its metrics.
 
     `exclusive` takes every CPU of a node (or, with GPUs, those GPUs), so that nothing of this project runs beside it.
     A worker that dies is replaced as often as the stage's budgets allow; what the work raises is final. Raises UserError
     as the work raised it and for too little memory, Stopped when a stop was asked for, WorkerFailed for anything else."""
+    return run_on_workers([work], run, exclusive=exclusive)[0]
+
+
+def run_on_workers(works: Sequence[Work], run: StageRun, *, exclusive: bool = False) -> list[Metrics]:
+    """As `run_on_worker`, for several at once, which share the budgets; what one raises ends the others. Several may not
+    write to the staging folder: a worker's death clears it."""
     resources: StageResources = run.resources
     whole_node = exclusive and not resources.gpus_per_worker
     task = ray.remote(_guarded).options(
@@ -51,9 +60,46 @@ def run_on_worker(work: Callable[[StageRun], Metrics], run: StageRun, *, exclusi
         scheduling_strategy="DEFAULT",  # anywhere: by default a task stays in its trial's sliver of the head node
         name=run.stage.name,
     )
-    result = _result(lambda: task.remote(work, dataclasses.replace(run, stop_requested=_never)), run, resources)
+    apart = dataclasses.replace(run, stop_requested=_never)
+    return _results([partial(task.remote, work, apart) for work in works], run, Budget.of(resources))
+
+
+def _results(starts: Sequence[Callable[[], ray.ObjectRef]], run: StageRun, budget: Budget) -> list[Metrics]:
+    running = {start(): place for place, start in enumerate(starts)}
+    found: dict[int, Metrics] = {}
+    try:
+        while running:
+            for reference in ray.wait(list(running), timeout=1.0)[0]:
+                place = running.pop(reference)
+                try:
+                    found[place] = _metrics(ray.get(reference), run)
+                except ray.exceptions.RayError as error:
+                    _spend(budget, error, run)
+                    running[starts[place]()] = place
+            if running and run.stop_requested():
+                raise Stopped(f"{run.stage.name} was stopped")
+    except BaseException as end:
+        for reference in running:
+            ray.cancel(reference, force=isinstance(end, KeyboardInterrupt | SystemExit))
+        raise
+    return [found[place] for place in range(len(starts))]
+
+
+def _spend(budget: Budget, error: ray.exceptions.RayError, run: StageRun) -> None:
+    """Take a worker's death from the budget, and make room for its successor. Raises where there is to be none."""
+    cause = cause_of(error)
+    again = budget.spend(cause)
+    log.warning("%s (%s); %s", one_line(error), budget.told(cause), "again" if again else "that is the end")
+    if cause == "memory":
+        raise UserError(out_of_memory(run.stage.name, run.resources, error)) from error
+    if not again:
+        raise WorkerFailed(" ".join(str(error).split())[:300]) from error
+    run.clear_staging()
+
+
+def _metrics(result: _Result, run: StageRun) -> Metrics:
     if result.out_of_memory:
-        raise UserError(out_of_memory(run.stage.name, resources, MemoryError(result.out_of_memory)))
+        raise UserError(out_of_memory(run.stage.name, run.resources, MemoryError(result.out_of_memory)))
     if result.user_error:
         raise UserError(result.user_error)
     if result.traceback:
@@ -62,39 +108,11 @@ def run_on_worker(work: Callable[[StageRun], Metrics], run: StageRun, *, exclusi
     return result.metrics
 
 
-def _result(start: Callable[[], ray.ObjectRef], run: StageRun, resources: StageResources) -> _Result:
-    budget = Budget.of(resources)
-    while True:
-        try:
-            return _wait(start(), run)
-        except ray.exceptions.RayError as error:
-            cause = cause_of(error)
-            again = budget.spend(cause)
-            log.warning("%s (%s); %s", one_line(error), budget.told(cause), "again" if again else "that is the end")
-            if cause == "memory":
-                raise UserError(out_of_memory(run.stage.name, resources, error)) from error
-            if not again:
-                raise WorkerFailed(" ".join(str(error).split())[:300]) from error
-            run.clear_staging()
-
-
-def _wait(reference: ray.ObjectRef, run: StageRun) -> _Result:
-    try:
-        while not ray.wait([reference], timeout=1.0)[0]:
-            if run.stop_requested():
-                ray.cancel(reference)
-                raise Stopped(f"{run.stage.name} was stopped")
-        return ray.get(reference)
-    except (KeyboardInterrupt, SystemExit):
-        ray.cancel(reference, force=True)
-        raise
-
-
 def _never() -> bool:
     return False
 
 
-def _guarded(work: Callable[[StageRun], Metrics], run: StageRun) -> _Result:
+def _guarded(work: Work, run: StageRun) -> _Result:
     """In the worker. An error travels as text: its type may not be importable where it arrives."""
     import torch
 

@@ -203,3 +203,61 @@ def test_a_refresh_is_the_same_however_it_is_spelled(spelling, same):
 def test_a_refresh_that_is_none_or_would_not_be_measured_is_refused(evaluate, words):
     with pytest.raises(UserError, match=words):
         expand(config(sweep={}, evaluate=evaluate), "x.yaml")
+
+
+def test_tasks_are_a_stage_of_their_own_and_only_where_some_are_named():
+    one = expand(config(evaluate={"tasks": ["toy_get", "ifeval"]}), "x.yaml")
+    assert not identities(expand(config(), "x.yaml"), "tasks")
+    assert len(set(identities(one, "tasks"))) == 9
+    assert {leaf.name for leaf in one[0].leaves} == {"evaluate", "tasks", "benchmark"}
+    assert identities(one, "evaluate") == identities(expand(config(), "x.yaml"), "evaluate")
+    other_order = expand(config(evaluate={"tasks": ["ifeval", "toy_get"]}), "x.yaml")
+    assert identities(other_order, "tasks") == identities(one, "tasks")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tasks": ["toy_get"]},
+        {"task_samples": 3},
+        {"num_fewshot": 2},
+        {"chat_template": False},
+        {"fewshot_as_multiturn": False},
+        {"system_instruction": "Be brief."},
+        {"task_seed": 1},
+        {"task_max_new_tokens": 8},
+        {"dtype": "bf16"},
+        {"refresh": 8},
+    ],
+)
+def test_what_decides_the_result_of_tasks_is_their_identity(change):
+    before, after = (
+        expand(config(evaluate={"tasks": ["toy_get", "toy_sort"]} | changes, benchmark={"output": [16]}), "x.yaml")[0]
+        for changes in ({}, change)
+    )
+    assert before.stage("tasks") != after.stage("tasks")
+    assert (before.stage("evaluate") == after.stage("evaluate")) == (change.keys().isdisjoint({"dtype", "refresh"}))
+
+
+def test_tasks_in_files_count_by_their_content_and_not_by_their_place(tmp_path):
+    def cell(folder):
+        return expand(config(evaluate={"tasks": ["mine"], "task_path": str(folder)}), "x.yaml")[0].stage("tasks")
+
+    for name in ("one", "two", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text(f"task: mine\ndescription: {name == 'other'}\n")
+    assert cell(tmp_path / "one") == cell(tmp_path / "two")
+    assert cell(tmp_path / "one") != cell(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"tasks": ["ifevil"]}, r"evaluate.tasks: 'ifevil': no such task in lm_eval; did you mean ifeval"),
+        ({"tasks": ["mine"], "task_path": "/nowhere"}, "evaluate.task_path = /nowhere: no such folder"),
+        ({"tasks": ["toy", "toy"]}, "'toy' is named twice"),
+    ],
+)
+def test_a_wrong_task_is_told_before_anything_runs(evaluate, message):
+    with pytest.raises(UserError, match=message):
+        expand(config(evaluate=evaluate), "x.yaml")
