@@ -8,6 +8,7 @@ token is sent when the server asks for one, found where Ray looks (`RAY_AUTH_TOK
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -33,6 +34,10 @@ TIMEOUT_S = (10.0, 120.0)
 SILENCE_S = 60.0
 """A log that says nothing for so long is asked for anew: a connection that died in its sleep looks the same."""
 _WAY_IN = "set RAY_AUTH_TOKEN, or put the cluster's token into ~/.ray/auth_token (`ray get-auth-token` on its head)"
+
+
+for _name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # that a package is uploaded and a connection closed
 
 
 class Refused(UserError):

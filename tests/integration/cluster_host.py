@@ -1,0 +1,88 @@
+"""A Ray cluster on one machine in a process of its own: a head with a job server, and raylets that can be lost.
+
+Reads one command per line from its standard input and answers each with one line of JSON. When the input ends, or the
+process that holds it dies, so does the cluster. Run as `python cluster_host.py PORT`, with the job server's port.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+OBJECT_STORE_BYTES = 80 * 2**20
+
+
+class Host:
+    """The cluster; one method per command."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._folder = tempfile.mkdtemp(prefix="ovf-")  # short: Ray's sockets are below it
+        self.start()
+
+    def start(self) -> None:
+        """A head for drivers alone, and two nodes of one CPU."""
+        from ray.cluster_utils import Cluster
+
+        head = self._node("head") | {
+            "num_cpus": 0,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": self._port,
+            "include_dashboard": True,
+        }
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.add("a")
+        self.add("b")
+
+    def add(self, name: str) -> None:
+        """Another node of one CPU with a resource of its own name."""
+        self._cluster.add_node(num_cpus=1, resources={name: 1}, **self._node(name))
+
+    def _node(self, name: str) -> dict[str, Any]:
+        """A folder of its own for each node: otherwise they unpack a job's files over each other."""
+        return {"temp_dir": f"{self._folder}/{name}", "object_store_memory": OBJECT_STORE_BYTES}
+
+    def lose(self, pid: str) -> None:
+        """The node whose raylet has this process id is lost without a word."""
+        nodes = {process.process.pid: node for node in self._cluster.worker_nodes for process in raylets(node)}
+        self._cluster.remove_node(nodes[int(pid)], allow_graceful=False)
+
+    def restart(self) -> None:
+        """Everything is lost, and a new cluster comes up at the same address."""
+        self.end()
+        self.start()
+
+    def end(self) -> None:
+        """No process is left."""
+        self._cluster.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def raylets(node: object) -> list:
+    """The raylet of a node, as Ray's process records."""
+    return node.all_processes["raylet"]
+
+
+def main() -> None:
+    """Answer commands until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what Ray prints is no answer
+    host = Host(int(sys.argv[1]))
+    answers.write(json.dumps({"pid": os.getpid()}) + "\n")
+    with contextlib.suppress(KeyboardInterrupt):
+        for line in sys.stdin:
+            command, *arguments = line.split()
+            call: Callable[..., None] = getattr(host, command)
+            call(*arguments)
+            answers.write(json.dumps({"done": command}) + "\n")
+    host.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""A sweep on a real cluster, submitted from elsewhere: followed, repeated, stopped, and through two kinds of loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENT = """\
+name: tiny
+teacher:
+  name: small
+  pretrain:
+    {hidden: 48, intermediate: 96, layers: 2, heads: 4, kv_heads: 2, tokens: 20_000, batch_tokens: 1280, learning_rate: 3e-3}
+data: {source: toy, train_samples: 600, test_samples: 20, max_length: 64}
+calibrate: {samples: 32}
+prune: {hidden: 0.5, intermediate: 0.5}
+distill: {tokens: 12_800, batch_tokens: 1280, learning_rate: 3e-3}
+evaluate: {samples: 20, max_new_tokens: 8}
+benchmark: {prompt: [16], output: [4], repeats: 2, warmup: 1}
+resources: {distill: {cpus_per_worker: 0.6, checkpoint_every: 20}}
+"""
+LONG = ("name=long", "distill.tokens=1_000_000")
+"""The same up to distillation, which then takes long enough to be interrupted three times."""
+
+
+@dataclass
+class Place:
+    """A cluster, and a machine that knows no more of it than its address and its token."""
+
+    address: str
+    token: str
+    laptop: Path
+    store: Path
+    host: subprocess.Popen[str]
+
+    def tell(self, command: str) -> None:
+        """Let something happen to the cluster."""
+        assert self.host.stdin is not None
+        assert self.host.stdout is not None
+        self.host.stdin.write(command + "\n")
+        self.host.stdin.flush()
+        assert json.loads(self.host.stdout.readline()) == {"done": command.split()[0]}
+
+    def overfill(self, *arguments: str, code: int = 0) -> str:
+        """The command line on the laptop; what it printed."""
+        command = [sys.executable, "-m", "pipeline.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=self.laptop, env=self.environment())
+        assert done.returncode == code, f"{arguments}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert self.token not in done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def environment(self) -> dict[str, str]:
+        names = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI", "OVERFILL_STORE")
+        kept = {name: value for name, value in os.environ.items() if name not in names}
+        home = {"HOME": str(self.laptop), "RAY_API_SERVER_ADDRESS": self.address}
+        return kept | home | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+    def submit(self, *options: str, code: int = 0) -> str:
+        return self.overfill("submit", "tiny.yaml", "--store", str(self.store), *options, code=code)
+
+    def submit_long(self, *options: str) -> str:
+        return self.submit(*(word for override in LONG for word in ("--set", override)), *options)
+
+    def records(self, stage: str) -> list[dict]:
+        return [json.loads(path.read_text()) for path in self.store.glob(f"{stage}/*/payload/record.json")]
+
+    def state_of(self, job: str) -> str:
+        line = next(line for line in self.overfill("jobs").splitlines() if line.startswith(f"{job} "))
+        return line.split()[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A cluster that wants a token, with three nodes; the laptop has the token in its file."""
+    folder, port, token = tmp_path_factory.mktemp("cluster"), free_port(), secrets.token_hex(16)
+    laptop = folder / "laptop"
+    (laptop / ".ray").mkdir(parents=True)
+    (laptop / ".ray" / "auth_token").write_text(token)
+    (laptop / "tiny.yaml").write_text(EXPERIMENT, encoding="utf-8")
+    hidden = ("PYTHONPATH", "RAY_ADDRESS", "MLFLOW_TRACKING_URI", "OVERFILL_STORE")  # the code must come with the job
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with (folder / "host.log").open("w") as log:
+        host = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("cluster_host.py")), str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+        assert host.stdin is not None
+        assert host.stdout is not None
+        assert host.stdout.readline(), (folder / "host.log").read_text()[-2000:]
+        yield Place(f"http://127.0.0.1:{port}", token, laptop, folder / "shared" / "runs", host)
+        host.stdin.close()
+        host.wait(timeout=60)
+
+
+def test_a_job_runs_as_it_would_here_and_again_there_is_nothing_to_do(place):
+    printed = place.submit("--follow")
+    assert "running entrypoint for job tiny-" in printed.lower()
+    assert len(place.records("evaluate")) == len(place.records("benchmark")) == 1
+    assert place.token not in "".join(path.read_text(errors="replace") for path in place.store.glob("**/*.log"))
+    # The same file on this machine finds every stage done: the identities are the same.
+    assert "all 1 cells are done already" in place.overfill("run", "tiny.yaml", "--store", str(place.store))
+    again = place.submit("--follow")
+    assert "-2: " in again
+    assert "all 1 cells are done already" in again
+    assert {path.name for path in place.laptop.iterdir()} == {".ray", "tiny.yaml"}
+
+
+def test_a_job_is_stopped_attached_to_and_outlives_a_node_and_the_head(place):
+    job = re.findall(r"job (long-\w+): ", place.submit_long())[0]
+    wait_for(lambda: newest_step(place) >= 20)
+    assert f"job {job} runs already" in place.submit_long()
+    place.overfill("stop", job)
+    assert place.state_of(job) == "stopped"
+    stopped_at = newest_step(place)
+
+    assert f"job {job}-2: " in place.submit_long()
+    wait_for(lambda: newest_step(place) > stopped_at)
+    place.tell(f"lose {raylet_of_training()}")
+    lost_at = newest_step(place)
+    place.tell("add c")
+    wait_for(lambda: newest_step(place) > lost_at)
+
+    place.tell("restart")
+    restarted_at = newest_step(place)
+    assert "all 1 cells are done already" not in place.submit_long("--follow")
+    assert restarted_at > lost_at > stopped_at
+    (distilled,) = [record for record in place.records("distill") if record["metrics"]["steps"] > 100]
+    assert distilled["attempt"] == 3
+    for stage in ("tokenizer", "data", "teacher", "calibrate", "prune"):
+        (record,) = place.records(stage)
+        assert record["attempt"] == 1
+    attempts = sorted(place.store.glob(f"distill/*{distilled['identity']}/attempts/*/worker-0.log"))
+    starts = [int(step) for log in attempts for step in re.findall(r"training from step (\d+)", log.read_text())]
+    assert starts == sorted(set(starts)), "each start went on from a later step"
+    assert len(starts) == 4
+    assert starts[0] == 0
+
+
+def newest_step(place: Place) -> int:
+    """Step of the newest whole step checkpoint of the long distillation."""
+    found = [
+        int(re.findall(r"step-(\d+)", path.parent.name)[0])
+        for path in long_distillation(place).glob("**/complete.json")
+    ]
+    return max(found, default=0)
+
+
+def long_distillation(place: Place) -> Path:
+    done = {record["identity"] for record in place.records("distill") if record["metrics"].get("steps", 0) < 100}
+    folders = [path for path in place.store.glob("distill/*") if path.name.rsplit("_", 1)[1] not in done]
+    return folders[0] / "progress" if folders else place.store / "none"
+
+
+def raylet_of_training() -> int:
+    """Process id of the raylet whose worker trains."""
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        if "RayTrainWorker" in " ".join(process.info["cmdline"] or ()):
+            return int(process.info["ppid"])
+    raise AssertionError("nothing trains")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"nothing after {seconds} s"
+        time.sleep(0.2)
