@@ -20,6 +20,7 @@ from typing import Any
 
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig, StageResources
+from pipeline.fitting import NodeShape, check_cluster, check_workers, totals
 from pipeline.machine import usable_cpus
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -30,8 +31,8 @@ QUIET_LOGGERS = (
     "ray.tune",  # that there are no result files, which we switch off
 )
 
-CPUS_PER_TASK = 0.05
-"""What a task that reads data reserves beside the workers that it feeds."""
+UNLIMITED_NODES = 10_000
+"""As many as count where an autoscaler has no limit."""
 
 # Settings of Ray that are read from the environment, here and in every process that Ray starts.
 ENVIRONMENT = {
@@ -123,25 +124,30 @@ def start_local(attempts: int = 3, **options: Any) -> None:
 
 def capacity() -> Capacity:
     """CPUs and GPUs of the connected cluster, with the nodes that an autoscaler may add."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    largest = largest_cluster()
+    now, later = node_shapes()
+    most = [totals(now), totals(later)]
     return Capacity(
-        cpus=largest.get("CPU", 0.0),
-        gpus=largest.get("GPU", 0.0),
-        node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
+        cpus=max(nodes.get("CPU", 0.0) for nodes in most),
+        gpus=max(nodes.get("GPU", 0.0) for nodes in most),
+        node_cpus=max((node.resources.get("CPU", 0.0) for node in [*now, *later]), default=0.0),
     )
 
 
-def largest_cluster() -> dict[str, float]:
-    """Resource -> what the cluster has, or may grow to where an autoscaler says so."""
+def node_shapes() -> tuple[list[NodeShape], list[NodeShape]]:
+    """The nodes of the connected cluster, and those it may grow to where an autoscaler says so (none otherwise)."""
     import ray
     from ray._private.state import state
 
-    limits = state.get_max_resources_from_cluster_config() or {}
-    now = ray.cluster_resources()
-    return {kind: max(now.get(kind, 0.0), float(limits.get(kind, 0.0))) for kind in now.keys() | limits.keys()}
+    now = [NodeShape(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config is not None else ()
+    later = [
+        NodeShape({kind: float(amount) for kind, amount in group.resources.items()}, group.max_count)
+        if group.max_count >= 0
+        else NodeShape({kind: float(amount) for kind, amount in group.resources.items()}, UNLIMITED_NODES)
+        for group in groups
+    ]
+    return now, later
 
 
 def concurrent_cells(config: ExperimentConfig, has: Capacity, cells: int) -> int:
@@ -164,31 +170,15 @@ def _fits(stage: StageResources, has: Capacity) -> int:
 
 def check_fits(config: ExperimentConfig) -> None:
     """Raises UserError for a stage whose workers the connected cluster can never hold."""
-    cluster = largest_cluster()
-    for name in type(config.resources).model_fields:
-        stage = getattr(config.resources, name)
-        if isinstance(stage, StageResources):
-            check_workers(name, stage, cluster)
+    check_cluster(config.resources, *node_shapes(), memory={})
 
 
-def check_workers(stage: str, resources: StageResources, cluster: dict[str, float]) -> None:
-    """Raise UserError when the cluster has less than the workers and the data tasks need, even when idle.
-
-    Ray would wait for ever: a placement group that cannot be met is not an error to it."""
-    for kind, each in worker_bundle(resources).items():
-        spare = CPUS_PER_TASK if kind == "CPU" else 0.0
-        needed, there = each * resources.workers + spare, cluster.get(kind, 0.0)
-        if needed > there + 1e-9:
-            field = "cpus_per_worker" if kind == "CPU" else "gpus_per_worker"
-            raise UserError(
-                f"resources.{stage}: {resources.workers} workers with {field} = {each:g} need {needed:g} {kind}, "
-                f"the cluster has {there:g}; lower `workers` or `{field}`, or run on a larger cluster with --address"
-            )
-
-
-def worker_bundle(resources: StageResources) -> dict[str, float]:
-    """What Ray reserves for one worker."""
-    bundle = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        bundle["GPU"] = resources.gpus_per_worker
-    return bundle
+def check_holds(stage: str, resources: StageResources) -> None:
+    """Raises UserError when the connected cluster can never hold the workers of a stage."""
+    now, later = node_shapes()
+    try:
+        check_workers(stage, resources, now)
+    except UserError:
+        if not later:
+            raise
+        check_workers(stage, resources, later)

@@ -184,6 +184,9 @@ class StageResources(Frozen):
     """CPUs that Ray reserves for a worker; half a CPU leaves room for the data stream on a small machine."""
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs of a worker."""
+    accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")] | None = None
+    """Only on nodes with this type of GPU, in Ray's words (L4, A100, H100). A latency is a statement about a device, so
+    for `benchmark` the type counts in its identity."""
     threads: Count = 1
     """CPU threads of a worker's tensor operations."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0

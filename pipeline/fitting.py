@@ -16,6 +16,8 @@ CPUS_PER_TASK = 0.05
 """What a task that reads data reserves beside the workers that it feeds."""
 ACCELERATOR = "accelerator_type:"
 """Prefix of the resource by which Ray says what GPUs a node has."""
+_SLIVER = 0.001
+"""Of such a resource, which a node has once however many work on it."""
 GPU_MEMORY_GIB = {
     "T4": 16, "P100": 16, "V100": 32, "A10G": 24, "L4": 24, "L40S": 48, "A100": 80, "H20": 141, "H100": 94,
     "H200": 141, "B200": 192, "GB200": 192, "B300": 288, "GB300": 288, "RTX-PRO-6000": 96,
@@ -58,6 +60,8 @@ def worker_bundle(resources: StageResources) -> dict[str, float]:
     bundle = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         bundle["GPU"] = resources.gpus_per_worker
+    if resources.accelerator is not None:
+        bundle[ACCELERATOR + resources.accelerator] = _SLIVER
     return bundle
 
 
@@ -65,6 +69,18 @@ def totals(nodes: Sequence[NodeShape]) -> dict[str, float]:
     """Resource -> what all nodes have of it."""
     kinds = {kind for node in nodes for kind in node.resources}
     return {kind: sum(node.resources.get(kind, 0.0) * node.count for node in nodes) for kind in sorted(kinds)}
+
+
+def check_cluster(
+    resources: ResourcesConfig, now: Sequence[NodeShape], later: Sequence[NodeShape], memory: Mapping[str, float]
+) -> None:
+    """Raise UserError for a stage that can never run: neither on the nodes there are, nor on all an autoscaler may add."""
+    try:
+        check_stages(resources, now, memory)
+    except UserError:
+        if not later:
+            raise
+        check_stages(resources, later, memory)
 
 
 def check_stages(resources: ResourcesConfig, nodes: Sequence[NodeShape], memory: Mapping[str, float]) -> None:
@@ -80,7 +96,10 @@ def check_stages(resources: ResourcesConfig, nodes: Sequence[NodeShape], memory:
 def check_workers(stage: str, resources: StageResources, nodes: Sequence[NodeShape]) -> None:
     """Raise UserError when the nodes have less than the workers and the data tasks need, even when idle."""
     bundle, there = worker_bundle(resources), totals(nodes)
+    _check_accelerator(stage, resources, there)
     for kind, each in bundle.items():
+        if kind.startswith(ACCELERATOR):
+            continue
         needed = each * resources.workers + (CPUS_PER_TASK if kind == "CPU" else 0.0)
         if needed > there.get(kind, 0.0) + _TINY:
             field = "cpus_per_worker" if kind == "CPU" else "gpus_per_worker"
@@ -91,10 +110,20 @@ def check_workers(stage: str, resources: StageResources, nodes: Sequence[NodeSha
             )
     room = sum(node.holds(bundle) * node.count for node in nodes)
     if room < resources.workers:
-        words = " and ".join(f"{each:g} {kind}" for kind, each in bundle.items())
+        words = " and ".join(f"{each:g} {kind}" for kind, each in bundle.items() if not kind.startswith(ACCELERATOR))
+        words += f" ({resources.accelerator})" if resources.accelerator else ""
         raise UserError(
             f"resources.{stage}: a worker needs {words} on one node, and the cluster's nodes hold {room} such workers of "
             f"{resources.workers}; lower `cpus_per_worker` or `gpus_per_worker`, or take larger nodes"
+        )
+
+
+def _check_accelerator(stage: str, resources: StageResources, there: Mapping[str, float]) -> None:
+    if resources.accelerator is not None and not there.get(ACCELERATOR + resources.accelerator):
+        types = sorted(kind.removeprefix(ACCELERATOR) for kind in there if kind.startswith(ACCELERATOR))
+        raise UserError(
+            f"resources.{stage}.accelerator = {resources.accelerator}: no node of the cluster has such a GPU; there are: "
+            f"{', '.join(types) or 'none'}"
         )
 
 

@@ -274,7 +274,7 @@ def _benchmark(config: ExperimentConfig, inputs: dict[str, Input], label: str) -
     settings = {
         **identity_config(config.benchmark),
         **_student_reading(config),
-        "device": device_description(resources.gpus_per_worker),
+        "device": resources.accelerator or device_description(resources.gpus_per_worker),
         "threads": resources.threads,
         "versions": {name: version for name, version in libraries().items() if name in LATENCY_LIBRARIES},
     }

@@ -44,7 +44,7 @@ def print_jobs(server: JobServer, console: Console) -> None:
     """A table of the jobs, and how much of the cluster is in use."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("job", "experiment", "state", "exit code", "took", "store"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=column != "store", overflow="fold")
     for job in our_jobs(server):
         metadata, state = job.metadata or {}, str(job.status)
         table.add_row(

@@ -27,7 +27,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.config_io import dump_yaml, load_experiment, validate
 from pipeline.cost import cell_costs
 from pipeline.fingerprint import fingerprint, identity_config
-from pipeline.fitting import NodeShape, check_stages
+from pipeline.fitting import check_cluster
 from pipeline.masking import mask_uri
 from pipeline.package import EXPERIMENT, Package, make_package
 from pipeline.planning import size
@@ -179,17 +179,6 @@ def _variables(names: Sequence[str], cluster: ClusterFile | None) -> dict[str, s
     return variables
 
 
-def check_fits(submission: Submission, nodes: Sequence[NodeShape]) -> None:
-    """Raise UserError for a stage that can never run: not on the nodes there are, nor on those that may be added."""
-    later = submission.cluster.nodes if submission.cluster else ()
-    try:
-        check_stages(submission.config.resources, nodes, submission.memory)
-    except UserError:
-        if not later:
-            raise
-        check_stages(submission.config.resources, later, submission.memory)
-
-
 def submit(request: Request, address: str | None, console: Console) -> tuple[JobServer, str]:
     """Check, upload what the cluster does not have, start the job or find the one that runs; the server and its name."""
     submission = prepare(request)
@@ -198,7 +187,8 @@ def submit(request: Request, address: str | None, console: Console) -> tuple[Job
     server = JobServer(address)
     check_versions(server)
     nodes = server.nodes()
-    check_fits(submission, nodes)
+    later = submission.cluster.nodes if submission.cluster else ()
+    check_cluster(submission.config.resources, nodes, later, submission.memory)
     package = submission.package
     console.print(
         f"{submission.experiment}: {len(submission.cells)} cells to {server.shown} (Ray {server.ray_version}, "

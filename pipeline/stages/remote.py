@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ import ray
 from overfill.errors import UserError, disk_full
 from pipeline.cluster import capacity
 from pipeline.config import StageResources
+from pipeline.fitting import worker_bundle
 from pipeline.stage import StageRun, Stopped
 from pipeline.training.failures import Budget, cause_of, one_line, out_of_memory
 
@@ -52,10 +54,14 @@ def run_on_workers(works: Sequence[Work], run: StageRun, *, exclusive: bool = Fa
     """As `run_on_worker`, for several at once, which share the budgets; what one raises ends the others. Several may not
     write to the staging folder: a worker's death clears it."""
     resources: StageResources = run.resources
-    whole_node = exclusive and not resources.gpus_per_worker
+    bundle = worker_bundle(resources)
+    cpus, gpus = bundle.pop("CPU"), bundle.pop("GPU", 0.0)
+    if exclusive:  # the whole of a shared GPU, or of a node
+        cpus, gpus = cpus if gpus else max(1.0, float(int(capacity().node_cpus))), float(math.ceil(gpus))
     task = ray.remote(_guarded).options(
-        num_cpus=max(1.0, float(int(capacity().node_cpus))) if whole_node else resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker,
+        num_cpus=cpus,
+        num_gpus=gpus,
+        resources=bundle,  # the type of GPU, if one is named
         max_retries=0,  # Ray would try again for ever where memory is short
         scheduling_strategy="DEFAULT",  # anywhere: by default a task stays in its trial's sliver of the head node
         name=run.stage.name,

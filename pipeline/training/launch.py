@@ -21,8 +21,9 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2.api.exceptions import PreemptionError
 
 from overfill.errors import UserError, disk_full
-from pipeline.cluster import check_workers, largest_cluster, worker_bundle
+from pipeline.cluster import check_holds
 from pipeline.config import StageResources
+from pipeline.fitting import worker_bundle
 from pipeline.stage import StageRun
 from pipeline.training.backend import RendezvousConfig, Trainer, dashboard_runs
 from pipeline.training.failures import Budget, Cause, cause_of_all, first_of, one_line, origin, out_of_memory
@@ -59,7 +60,7 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
     Raises UserError when the cluster can never hold the workers, for a mistake that a worker has met and for too little
     memory, TrainingFailed for what outlived the retries."""
     resources = stage_resources(run)
-    check_workers(run.stage.name, resources, largest_cluster())
+    check_holds(run.stage.name, resources)
     for name, value in (RAY_TRAIN_ENVIRONMENT | ({} if dashboard_runs() else ON_ONE_MACHINE)).items():
         os.environ.setdefault(name, value)
     name = run.stage.identity
@@ -75,6 +76,7 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=worker_bundle(resources),
+            placement_strategy="PACK",  # few nodes: what workers tell each other at every step stays inside them
         ),
         run_config=RunConfig(
             name=name,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from overfill.errors import UserError
-from pipeline.cluster import check_workers
 from pipeline.config import StageResources
+from pipeline.fitting import NodeShape, check_workers
 from pipeline.stage import Stopped
 from pipeline.stages.distill import metrics_of
 from pipeline.training.launch import _forward_stop
@@ -15,8 +15,8 @@ from pipeline.training.resources import StopFile
 
 
 def test_workers_that_the_cluster_could_hold_when_idle_are_accepted() -> None:
-    check_workers("distill", StageResources(workers=2, cpus_per_worker=0.5), {"CPU": 2.0})
-    check_workers("distill", StageResources(workers=8, gpus_per_worker=1), {"CPU": 16.0, "GPU": 8.0})
+    check_workers("distill", StageResources(workers=2, cpus_per_worker=0.5), [NodeShape({"CPU": 2.0})])
+    check_workers("distill", StageResources(workers=8, gpus_per_worker=1), [NodeShape({"CPU": 8.0, "GPU": 4.0}, 2)])
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_workers_that_can_never_start_are_refused_with_the_field_to_change(
     resources: StageResources, cluster: dict[str, float], words: str
 ) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        check_workers("distill", resources, cluster)
+        check_workers("distill", resources, [NodeShape(cluster)])
     assert "resources.distill" in str(caught.value)
     assert "lower `workers`" in str(caught.value)
 
