@@ -75,15 +75,20 @@ def plan(file: File, overrides: Overrides = None, store: StoreOption = None, ver
 
 
 @app.command()
-def status(name: Name = None, store: StoreOption = None, verify: Verify = False) -> None:
-    """Show where every cell of an experiment stands."""
+def status(
+    name: Name = None,
+    store: StoreOption = None,
+    verify: Verify = False,
+    address: Annotated[
+        str | None, typer.Option("--address", help="A cluster's job server, to ask how much of it is in use.")
+    ] = None,
+) -> None:
+    """Show where every cell of an experiment stands, and how much of the cluster is in use."""
+    from pipeline.commands import print_experiment_status
     from pipeline.experiment import known_experiment, open_store
-    from pipeline.progress import print_status
-    from pipeline.watch import snapshot
 
     here = open_store(store, verify)
-    experiment = known_experiment(here, name)
-    print_status(experiment.name, snapshot(here, experiment.cells), Console())
+    print_experiment_status(known_experiment(here, name), here, address, Console())
 
 
 @app.command()

@@ -150,6 +150,14 @@ def node_shapes() -> tuple[list[NodeShape], list[NodeShape]]:
     return now, later
 
 
+def usage() -> dict[str, tuple[float, float]]:
+    """CPU and GPU -> (reserved, there) of the connected cluster; kinds that it does not have are left out."""
+    import ray
+
+    there, free = ray.cluster_resources(), ray.available_resources()
+    return {kind: (there[kind] - free.get(kind, 0.0), there[kind]) for kind in ("CPU", "GPU") if there.get(kind)}
+
+
 def concurrent_cells(config: ExperimentConfig, has: Capacity, cells: int) -> int:
     """How many cells run at once: as many as the widest stage allows, at least one.
 

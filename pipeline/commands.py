@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,6 +95,23 @@ def print_comparison(
         sys.stdout.write(written.rstrip("\n") + "\n")
     elif html is None:
         print_report(report, Console())
+
+
+def print_experiment_status(experiment: Experiment, store: Store, address: str | None, console: Console) -> None:
+    """Print where the cells stand, what the drivers saw of the cluster, and with an address what it says itself."""
+    from pipeline.progress import print_status
+    from pipeline.utilisation import in_use, read_samples, recorded_line
+    from pipeline.watch import snapshot
+
+    print_status(experiment.name, snapshot(store, experiment.cells), console)
+    lines = [recorded_line(read_samples(sweep_folder(store, experiment.name)), time.time())]
+    if address is not None:
+        from pipeline.job_server import JobServer
+
+        server = JobServer(address)
+        lines.append(f"{server.shown}: {in_use(server.usage()) or 'has not said yet what is in use'}")
+    for line in filter(None, lines):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def serve_ui(store: Store, host: str, port: int) -> int:

@@ -136,16 +136,18 @@ def run_missing(
     """Run what is missing of the experiment, on a cluster at `address` or on this machine.
 
     Raises KeyboardInterrupt when it was asked to end before all was done."""
-    from pipeline.cluster import check_fits, connected
+    from pipeline.cluster import check_fits, connected, usage
     from pipeline.progress import Progress
     from pipeline.tracking import Tracker
+    from pipeline.utilisation import Sampler
 
     with ExitStack() as stack:
         has = stack.enter_context(connected(address))
         check_fits(experiment.config)
         _check_tasks(experiment, store, console)
         stack.enter_context(Tracker(store, experiment.config, experiment.cells))
-        stack.enter_context(Progress(store, experiment.cells, console))
+        progress = stack.enter_context(Progress(store, experiment.cells, console))
+        stack.enter_context(Sampler(sweep_folder(store, experiment.name), usage, progress.waiting))
         interruption = stack.enter_context(_interruption(experiment, store, console))
         outcomes = _accuracy_then_latency(experiment, store, has, interruption, continue_stopped)
         if interruption.requested() and not is_done(experiment, store):

@@ -13,6 +13,7 @@ from rich.table import Table
 from overfill.errors import UserError
 from pipeline.job_server import JobServer, Refused
 from pipeline.progress import duration
+from pipeline.utilisation import in_use
 
 STOPPED = 130
 """Exit code of a job that was stopped, as after Ctrl-C."""
@@ -56,20 +57,14 @@ def print_jobs(server: JobServer, console: Console) -> None:
             metadata.get("overfill_store", ""),
         )
     console.print(table)
-    if line := usage_line(server.usage()):
-        console.print(line, highlight=False)
+    if line := in_use(server.usage()):
+        console.print(f"cluster now: {line}", highlight=False)
 
 
 def _seconds(job: JobDetails) -> float | None:
     if job.start_time is None:
         return None
     return max(0.0, (job.end_time or 1000 * time.time()) - job.start_time) / 1000
-
-
-def usage_line(usage: dict[str, tuple[float, float]]) -> str:
-    """`cluster: 12 of 16 CPU, 8 of 8 GPU in use`; nothing when the cluster has not said yet."""
-    parts = [f"{used:g} of {there:g} {kind}" for kind, (used, there) in sorted(usage.items())]
-    return f"cluster: {', '.join(parts)} in use" if parts else ""
 
 
 def print_log(server: JobServer, job: str) -> None:

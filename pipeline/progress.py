@@ -64,6 +64,11 @@ class Progress:
         self._end.set()
         self._thread.join(timeout=10)
 
+    def waiting(self) -> int:
+        """Cells that had not begun, or waited, when it last looked."""
+        counts = self._before.counts if self._before is not None else {}
+        return counts.get("waiting", 0) + counts.get("missing", 0)
+
     def _run(self) -> None:
         try:
             if self._console.is_terminal:
