@@ -141,13 +141,16 @@ def gc(
 def ui(
     store: StoreOption = None,
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
-    host: Annotated[str, typer.Option(help="Address to listen on; only this machine by default.")] = "127.0.0.1",
+    host: Annotated[str | None, typer.Option(help="Address to listen on; only this machine by default.")] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="For a cluster to log to (MLFLOW_TRACKING_URI): may begin empty.")
+    ] = False,
 ) -> None:
     """Open the MLflow UI on the store's runs."""
     from pipeline.commands import serve_ui
     from pipeline.experiment import open_store
 
-    _exit(serve_ui(open_store(store), host, port))
+    _exit(serve_ui(open_store(store), host, port, serve))
 
 
 @app.command()

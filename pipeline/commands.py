@@ -114,16 +114,23 @@ def print_experiment_status(experiment: Experiment, store: Store, address: str |
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def serve_ui(store: Store, host: str, port: int) -> int:
+def serve_ui(store: Store, host: str | None, port: int, serve: bool = False) -> int:
     """Run the MLflow server on the store's database until it is interrupted; its exit code.
 
+    With `serve` it is there for the drivers of a cluster: it may begin empty, and where it listens must be said.
     Raises UserError when the port is taken or when there is nothing to show."""
     from pipeline.masking import mask_uri
-    from pipeline.tracking import tracking_uri, ui_command
+    from pipeline.tracking import LOOPBACK, tracking_uri, ui_command
+
+    if serve and host is None:
+        raise UserError("--serve: say with --host at which address of this machine the cluster reaches it")
+    host = host or LOOPBACK
 
     if "MLFLOW_TRACKING_URI" in os.environ and tracking_uri(store.root).startswith("http"):
         raise UserError(f"MLFLOW_TRACKING_URI = {mask_uri(tracking_uri(store.root))}: a server runs there; open it")
-    if not (store.root / "mlflow.db").is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
+    if serve:
+        store.root.mkdir(parents=True, exist_ok=True)
+    elif not (store.root / "mlflow.db").is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
         raise UserError(f"{store.root}: no runs to show; start some with `overfill run FILE`, or give --store")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

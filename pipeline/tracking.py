@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = "127.0.0.1"
 INTERVAL_S = 5.0
 LONGEST_INTERVAL_S = 120.0
 FLUSH_S = 60.0
@@ -52,12 +54,26 @@ def tracking_uri(store_root: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store_root.absolute()}/mlflow.db"
 
 
-def ui_command(store_root: Path, port: int = 5000, host: str = "127.0.0.1") -> tuple[list[str], dict[str, str]]:
-    """Command and extra environment of a light MLflow server over the store's SQLite file (0.4 GB instead of 1.8)."""
+def ui_command(store_root: Path, port: int = 5000, host: str = LOOPBACK) -> tuple[list[str], dict[str, str]]:
+    """Command and extra environment of a light MLflow server over the store's SQLite file (0.4 GB instead of 1.8).
+
+    It serves artifacts too, so that those who log to it need not see the store. The database's address may hold a
+    password, so it travels in the environment, where other users of the machine do not see it."""
     artifacts = (store_root.absolute() / "mlartifacts").as_uri()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri(store_root)]
-    command += ["--artifacts-destination", artifacts, "--host", host, "--port", str(port), "--workers", "1"]
-    return command, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", artifacts]
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment["MLFLOW_BACKEND_STORE_URI"] = tracking_uri(store_root)
+    if host != LOOPBACK and "MLFLOW_SERVER_ALLOWED_HOSTS" not in os.environ:
+        environment["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(_allowed_hosts(host))
+    return command, environment
+
+
+def _allowed_hosts(host: str) -> list[str]:
+    """By what names the server may be called: MLflow's own list has addresses of private networks, and no names."""
+    names = ["localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn(), host]
+    private = ["10.*", "192.168.*", *(f"172.{number}.*" for number in range(16, 32))]
+    return [*dict.fromkeys(pattern for name in names for pattern in (name, f"{name}:*")), *private]
 
 
 class Tracker:

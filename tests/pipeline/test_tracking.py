@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 from synthetic_store import SyntheticStore, outcomes, toy_cells
 
+from overfill.errors import UserError
+from pipeline.commands import serve_ui
 from pipeline.masking import mask_text, mask_uri
 from pipeline.stage import Stage
+from pipeline.store import Store
 from pipeline.sweep import Cell
 from pipeline.tracking import Tracker, tracking_uri, ui_command
 from pipeline.tracking_content import Value
@@ -349,11 +352,28 @@ def test_the_default_server_is_an_absolute_sqlite_file_in_the_store(
     monkeypatch.chdir(tmp_path)
     assert tracking_uri(Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
     command, environment = ui_command(Path("runs"), port=1234)
-    assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert command[command.index("--port") + 1] == "1234"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
     assert tracking_uri(Path("runs")) == "http://elsewhere"
+
+
+def test_a_server_for_others_is_told_by_what_names_and_hides_its_databases_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ann:s3cret@db/mlflow")
+    monkeypatch.delenv("MLFLOW_SERVER_ALLOWED_HOSTS", raising=False)
+    command, environment = ui_command(tmp_path, host="mlflow.internal")
+    assert "s3cret" not in " ".join(command)  # which every user of the machine can read
+    allowed = environment["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    assert {"mlflow.internal", "mlflow.internal:*", "10.*", "localhost:*"} <= set(allowed)
+    assert "*" not in allowed
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS" not in ui_command(tmp_path)[1]
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine")
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS" not in ui_command(tmp_path, host="mlflow.internal")[1]
+    with pytest.raises(UserError, match="--host"):
+        serve_ui(Store(tmp_path), None, 5000, serve=True)
 
 
 NOTHING_TO_DO = """
