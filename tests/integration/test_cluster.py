@@ -6,11 +6,13 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +34,9 @@ prune: {hidden: 0.5, intermediate: 0.5}
 distill: {tokens: 12_800, batch_tokens: 1280, learning_rate: 3e-3}
 evaluate: {samples: 20, max_new_tokens: 8}
 benchmark: {prompt: [16], output: [4], repeats: 2, warmup: 1}
-resources: {distill: {cpus_per_worker: 0.6, checkpoint_every: 20}}
+resources: {distill: {cpus_per_worker: 0.6, checkpoint_every: 40}}
 """
-LONG = ("name=long", "distill.tokens=1_000_000")
+LONG = ("name=long", "distill.tokens=3_000_000")
 """The same up to distillation, which then takes long enough to be interrupted three times."""
 
 
@@ -46,6 +48,7 @@ class Place:
     token: str
     laptop: Path
     store: Path
+    mlflow: str
     host: subprocess.Popen[str]
 
     def tell(self, command: str) -> None:
@@ -67,11 +70,11 @@ class Place:
     def environment(self) -> dict[str, str]:
         names = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI", "OVERFILL_STORE")
         kept = {name: value for name, value in os.environ.items() if name not in names}
-        home = {"HOME": str(self.laptop), "RAY_API_SERVER_ADDRESS": self.address}
+        home = {"HOME": str(self.laptop), "RAY_API_SERVER_ADDRESS": self.address, "MLFLOW_TRACKING_URI": self.mlflow}
         return kept | home | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
     def submit(self, *options: str, code: int = 0) -> str:
-        return self.overfill("submit", "tiny.yaml", "--store", str(self.store), *options, code=code)
+        return self.overfill("submit", "tiny.yaml", *options, code=code)
 
     def submit_long(self, *options: str) -> str:
         return self.submit(*(word for override in LONG for word in ("--set", override)), *options)
@@ -80,8 +83,8 @@ class Place:
         return [json.loads(path.read_text()) for path in self.store.glob(f"{stage}/*/payload/record.json")]
 
     def state_of(self, job: str) -> str:
-        line = next(line for line in self.overfill("jobs").splitlines() if line.startswith(f"{job} "))
-        return line.split()[2]
+        rows = [line.split() for line in self.overfill("jobs").splitlines()]
+        return next(row[2] for row in rows if row and row[0] == job)
 
 
 def free_port() -> int:
@@ -92,33 +95,48 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A cluster that wants a token, with three nodes; the laptop has the token in its file."""
-    folder, port, token = tmp_path_factory.mktemp("cluster"), free_port(), secrets.token_hex(16)
+    """A cluster that wants a token, with three nodes, and an MLflow server; the laptop has the token and a cluster file."""
+    folder, token = tmp_path_factory.mktemp("cluster"), secrets.token_hex(16)
+    port, mlflow, store = free_port(), f"http://127.0.0.1:{(ui := free_port())}", folder / "shared" / "runs"
     laptop = folder / "laptop"
     (laptop / ".ray").mkdir(parents=True)
     (laptop / ".ray" / "auth_token").write_text(token)
     (laptop / "tiny.yaml").write_text(EXPERIMENT, encoding="utf-8")
-    hidden = ("PYTHONPATH", "RAY_ADDRESS", "MLFLOW_TRACKING_URI", "OVERFILL_STORE")  # the code must come with the job
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    settings = {"store": str(store), "tracking_uri": mlflow}
+    (laptop / "cluster.yaml").write_text(json.dumps({"cluster_name": "x", "metadata": {"overfill": settings}}))
+    names = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "OVERFILL_STORE")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    with (folder / "host.log").open("w") as log:
-        host = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("cluster_host.py")), str(port)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
-        assert host.stdin is not None
+    serve = ["-m", "pipeline.cli", "ui", "--serve", "--host", "127.0.0.1", "--port", str(ui), "--store"]
+    nodes = [str(Path(__file__).with_name("cluster_host.py")), str(port)]
+    without = environment | {"PYTHONPATH": ""}  # the code must come with the job
+    with (
+        running([*serve, str(folder / "mlflow")], folder, environment | {"PYTHONPATH": str(ROOT)}),
+        running(nodes, folder, without, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as host,
+    ):
         assert host.stdout is not None
-        assert host.stdout.readline(), (folder / "host.log").read_text()[-2000:]
-        yield Place(f"http://127.0.0.1:{port}", token, laptop, folder / "shared" / "runs", host)
-        host.stdin.close()
-        host.wait(timeout=60)
+        assert host.stdout.readline(), (folder / "cluster_host.py.log").read_text()[-2000:]
+        yield Place(f"http://127.0.0.1:{port}", token, laptop, store, mlflow, host)
+
+
+@contextmanager
+def running(
+    arguments: list[str], folder: Path, environment: dict[str, str], **pipes: int
+) -> Iterator[subprocess.Popen]:
+    """A Python process while inside; it is asked to end, and leaves no process behind."""
+    with (folder / f"{Path(arguments[0]).name}.log").open("w") as log:
+        outputs = {"stdout": log, "stderr": log, **pipes}
+        command = [sys.executable, *arguments]
+        process = subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **outputs)
+        try:
+            yield process
+        finally:
+            if process.stdin is not None:
+                process.stdin.close()
+            else:
+                os.killpg(process.pid, signal.SIGINT)
+            process.wait(timeout=60)
 
 
 def test_a_job_runs_as_it_would_here_and_again_there_is_nothing_to_do(place):
@@ -131,12 +149,23 @@ def test_a_job_runs_as_it_would_here_and_again_there_is_nothing_to_do(place):
     again = place.submit("--follow")
     assert "-2: " in again
     assert "all 1 cells are done already" in again
-    assert {path.name for path in place.laptop.iterdir()} == {".ray", "tiny.yaml"}
+    assert {path.name for path in place.laptop.iterdir()} == {".ray", "cluster.yaml", "tiny.yaml"}
+
+
+def test_mlflow_has_the_run_and_its_artifacts_through_the_server(place):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(place.mlflow)
+    (parent,) = client.search_runs(["1"], "tags.`mlflow.runName` = 'tiny'")
+    assert parent.info.status == "FINISHED"
+    assert parent.info.artifact_uri.startswith("mlflow-artifacts:")
+    assert any(file.path.endswith(".yaml") for file in client.list_artifacts(parent.info.run_id))
+    assert not (place.store / "mlflow.db").exists()
 
 
 def test_a_job_is_stopped_attached_to_and_outlives_a_node_and_the_head(place):
     job = re.findall(r"job (long-\w+): ", place.submit_long())[0]
-    wait_for(lambda: newest_step(place) >= 20)
+    wait_for(lambda: newest_step(place) > 0)
     assert f"job {job} runs already" in place.submit_long()
     place.overfill("stop", job)
     assert place.state_of(job) == "stopped"
@@ -153,7 +182,7 @@ def test_a_job_is_stopped_attached_to_and_outlives_a_node_and_the_head(place):
     restarted_at = newest_step(place)
     assert "all 1 cells are done already" not in place.submit_long("--follow")
     assert restarted_at > lost_at > stopped_at
-    (distilled,) = [record for record in place.records("distill") if record["metrics"]["steps"] > 100]
+    (distilled,) = [record for record in place.records("distill") if record["metrics"]["train/steps"] > 100]
     assert distilled["attempt"] == 3
     for stage in ("tokenizer", "data", "teacher", "calibrate", "prune"):
         (record,) = place.records(stage)
@@ -175,7 +204,7 @@ def newest_step(place: Place) -> int:
 
 
 def long_distillation(place: Place) -> Path:
-    done = {record["identity"] for record in place.records("distill") if record["metrics"].get("steps", 0) < 100}
+    done = {record["identity"] for record in place.records("distill") if record["metrics"]["train/steps"] < 100}
     folders = [path for path in place.store.glob("distill/*") if path.name.rsplit("_", 1)[1] not in done]
     return folders[0] / "progress" if folders else place.store / "none"
 
