@@ -13,13 +13,15 @@ from rich.table import Table
 from overfill.errors import UserError
 from pipeline.job_server import JobServer, Refused
 from pipeline.progress import duration
+from pipeline.submission import STOP_VARIABLE
 from pipeline.utilisation import in_use
 
 STOPPED = 130
 """Exit code of a job that was stopped, as after Ctrl-C."""
 PATIENCE_S = 120.0
 """How long a server may be away while its log is followed."""
-STOP_PATIENCE_S = 60.0
+STOP_PATIENCE_S = 30.0
+"""To see the end of a job that was stopped, beyond the time that Ray gives it."""
 _STYLES = {"SUCCEEDED": "green", "RUNNING": "cyan", "FAILED": "bold red", "STOPPED": "yellow"}
 
 
@@ -114,12 +116,14 @@ def exit_code(job: JobDetails) -> int:
 
 
 def stop(server: JobServer, job: str, console: Console) -> int:
-    """Ask the job to end and wait until it has; exit code 1 when it does not within a minute."""
-    if server.get_job_info(job).status.is_terminal():
+    """Ask the job to end and wait until it has; exit code 1 when it takes longer than it may."""
+    details = server.get_job_info(job)
+    if details.status.is_terminal():
         console.print(f"job {job} has ended already", highlight=False)
         return 0
     server.stop_job(job)
-    deadline = time.monotonic() + STOP_PATIENCE_S
+    granted = ((details.runtime_env or {}).get("env_vars") or {}).get(STOP_VARIABLE, 3)
+    deadline = time.monotonic() + float(granted) + STOP_PATIENCE_S
     while not server.get_job_info(job).status.is_terminal():
         if time.monotonic() > deadline:
             console.print(f"job {job} has not ended yet; see `overfill jobs`", highlight=False)

@@ -10,6 +10,7 @@ its end begins another attempt (`-2`, `-3`), in which the store finds what is do
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -37,8 +38,10 @@ from pipeline.sweep import Cell, outline
 if TYPE_CHECKING:
     from pipeline.job_server import JobServer
 
-STOP_SECONDS = 30
-"""What a job that is stopped gets to leave everything in order; Ray's default is 3."""
+STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""How long Ray lets a job that is stopped leave everything in order, before it kills it; its default is 3."""
+AFTER_GRACE_S = 30
+"""For what follows the stages' own grace period: the last lines to MLflow, and Ray's own end."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ def job_environment(submission: Submission) -> dict[str, str]:
     """Variables of every process of the job: Ray's settings of this project, and what the user named."""
     from pipeline.cluster import ENVIRONMENT
 
-    own = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+    own = {STOP_VARIABLE: str(math.ceil(submission.config.resources.grace_s) + AFTER_GRACE_S)}
     if (commit := source_commit()) is not None:
         own[COMMIT_VARIABLE] = commit  # the package that travels is no repository
     return ENVIRONMENT | own | submission.variables
