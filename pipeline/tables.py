@@ -74,7 +74,7 @@ def tables(report: Report) -> list[Table]:
 def markdown(report: Report) -> str:
     """The whole report in Markdown, answers first."""
     parts = [f"# {report.name}", *([report.description.strip()] if report.description.strip() else [])]
-    parts += [str(one) for one in verdicts(report)]
+    parts += [one.markdown for one in verdicts(report)]
     for table in tables(report):
         parts += [f"## {table.title}", _markdown_table(table)]
     return "\n\n".join([*parts, *notes(report)]) + "\n"

@@ -32,8 +32,10 @@ class Verdict:
     sure: bool | None = None
     """Whether nothing that it rests on is within noise; None where nothing was tested."""
 
-    def __str__(self) -> str:
-        return " ".join([self.ship, *(f"{label}: {text}." for label, text in self.lines)])
+    @property
+    def markdown(self) -> str:
+        """In bold what to ship, in a list what that rests on."""
+        return "\n".join([f"**{self.ship}**", *([""] if self.lines else []), *(f"- {a}: {b}" for a, b in self.lines)])
 
 
 def verdicts(report: Report) -> list[Verdict]:
@@ -67,8 +69,10 @@ def _ship(teacher: str, advice: Advice, report: Report) -> Verdict:
         what = f"ship {describe(best)}, the fastest that keeps {share}"
     else:
         what = f"nothing faster keeps {share}; the best is {describe(best)}"
-    lines = (("costs", costs(best)), ("sure", "; ".join([*_sure(advice), *_rival(best, report)])))
-    sure = advice.keeps_quality and advice.surely_keeps and advice.surely_faster is not False
+    shipped = best if advice.is_faster else advice.full_group
+    lines = (("costs", costs(shipped)), ("sure", "; ".join([*_sure(advice), *_rival(best, report)])))
+    tested = advice.is_faster and advice.keeps_quality
+    sure = advice.surely_keeps and advice.surely_faster is not False if tested else None
     return Verdict(f"{teacher}: {what}.", lines, sure)
 
 
