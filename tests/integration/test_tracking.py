@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from pipeline.build import Build
 from pipeline.masking import mask_uri
 from pipeline.stage import Stage
 from pipeline.sweep import Cell
-from pipeline.tracking import Tracker, tracking_uri
+from pipeline.tracking import Tracker, tracking_uri, ui_command
 from pipeline.tracking_server import MlflowServer
 
 pytestmark = pytest.mark.integration
@@ -277,6 +281,69 @@ def test_a_deleted_run_is_replaced_by_a_new_one_with_all_its_steps(synthetic: Sy
     second = runs(synthetic)
     assert second["toy"].info.run_id != first["toy"].info.run_id
     assert steps(synthetic, second[cells[0].label], "train/loss") == list(range(1, 11))
+
+
+def test_a_server_that_is_killed_and_comes_back_gets_what_it_missed_once(
+    synthetic: SyntheticStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells = toy_cells(methods=("overfill",))
+    training, uri = distill(cells[0]), f"http://127.0.0.1:{free_port()}"
+    for stage in cells[0].stages[: cells[0].stages.index(training)]:
+        synthetic.publish(stage, cells[0])
+    attempt = synthetic.begin(training)
+    synthetic.log(training, range(1, 5))
+    server = serve(synthetic, uri)
+    try:
+        with tracker(synthetic, cells, uri=uri):
+            wait_until(lambda: logged(synthetic, cells[0].label) == [1, 2, 3, 4])
+            first = {name: run.info.run_id for name, run in runs(synthetic).items()}
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            synthetic.log(training, range(5, 8))
+            wait_until(lambda: "it is tried again" in caplog.text)
+            server = serve(synthetic, uri)
+            wait_until(lambda: logged(synthetic, cells[0].label) == list(range(1, 8)))
+            synthetic.log(training, range(8, 11))
+            attempt.interrupt("the machine went away")
+            attempt.release()
+            synthetic.finish(cells[0])
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    found = runs(synthetic)
+    assert {name: run.info.run_id for name, run in found.items()} == first
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert steps(synthetic, found[cells[0].label], "train/loss") == list(range(1, 11))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(synthetic: SyntheticStore, uri: str) -> subprocess.Popen[bytes]:
+    """MLflow's server over the store's database, once it answers."""
+    command, environment = ui_command(synthetic.store.root, int(uri.rpartition(":")[2]))
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(command, env=os.environ | environment, start_new_session=True, **quiet)
+
+    def answers() -> bool:
+        assert server.poll() is None, "the server did not start"
+        try:
+            return urllib.request.urlopen(f"{uri}/health", timeout=2).status == 200
+        except OSError:
+            return False
+
+    wait_until(answers)
+    return server
+
+
+def logged(synthetic: SyntheticStore, name: str) -> list[int]:
+    """Steps that a cell's run has, by the database; none before it has begun."""
+    with contextlib.suppress(AttributeError, KeyError):  # no experiment yet, or no run
+        return steps(synthetic, runs(synthetic)[name], "train/loss")
+    return []
 
 
 def test_a_server_that_is_away_is_a_warning_without_its_password_and_nothing_is_lost(

@@ -90,6 +90,35 @@ def share_of_full_model(run: StageRun, place: Place) -> float:
     return sum(p.ds_tensor.numel() for p in sharded) / sum(p.ds_numel for p in sharded)
 
 
+def recording(run: StageRun, stream: Callable[[StreamPlan, int], Iterator[StepRows]] = stream_steps) -> Services:
+    """Services that write down which samples each worker was given; Ray Train, which knows of one run, hears nothing."""
+
+    def recorded(plan: StreamPlan, first: int) -> Iterator[StepRows]:
+        for rows in stream(plan, first):
+            samples = [int(sample) for part in rows.samples for sample in part if sample >= 0]
+            with (run.progress / f"seen-{plan.rank}.jsonl").open("a") as file:
+                file.write(json.dumps([rows.step, samples]) + "\n")
+            yield rows
+
+    return Services(stream=recorded, report=lambda position, folder: None, reclaimed=lambda: False)
+
+
+def seen(run: StageRun) -> dict[int, list[int]]:
+    """Step -> the samples of all workers, each as often as it was trained on."""
+    found: dict[int, list[int]] = {}
+    for path in run.progress.glob("seen-*.jsonl"):
+        taken = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [step for step, _ in taken] == sorted(step for step, _ in taken), "a worker went back"
+        for step, samples in taken:
+            found.setdefault(step, []).extend(samples)
+    return {step: sorted(samples) for step, samples in sorted(found.items())}
+
+
+def stopping_after(step: int, run: StageRun) -> StageRun:
+    """The same run, asked to stop after a step."""
+    return dataclasses.replace(run, stop_requested=lambda: f'"step": {step}' in run.metrics_path.read_text())
+
+
 def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
     tmp_path: Path, inputs: dict[str, Path], ray_cluster: None, one_worker: Place
 ) -> None:
@@ -98,7 +127,13 @@ def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
     zero2 = distill_run(tmp_path / "zero2", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
     zero3 = distill_run(tmp_path / "zero3", inputs, resources={**two, "zero_stage": 3}, tokens=tokens)
     broken = distill_run(tmp_path / "broken", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
-    broken = dataclasses.replace(broken, stop_requested=lambda: '"step": 6' in broken.metrics_path.read_text())
+    broken = stopping_after(6, broken)
+    same = distill_run(tmp_path / "same", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
+    fewer = distill_run(tmp_path / "fewer", inputs, resources={**two, "zero_stage": 3}, tokens=tokens)
+    to_zero2 = distill_run(tmp_path / "fewer", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
+    grown = distill_run(tmp_path / "grown", inputs, resources={"micro_batch": 6}, tokens=tokens)
+    train_in(stopping_after(3, grown), grown.resources, one_worker, recording(grown, read_directly))
+    by_two = distill_run(tmp_path / "grown", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
     scores = calibration(tmp_path, zero3)
 
     def in_one_group(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -107,12 +142,13 @@ def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
         from pipeline.training.worker import import_training_libraries
 
         import_training_libraries()
-        silent = Services(report=lambda position, folder: None)  # Ray Train knows of one run only
         with process_group(0, threads=1) as place:
             share = share_of_full_model(zero3, place)
             measure_in(scores, scores.resources, place)
-            train_in(zero3, zero3.resources, place, silent)
-            stopped = train_in(broken, broken.resources, place, silent)
+            train_in(zero3, zero3.resources, place, recording(zero3))
+            stopped = train_in(broken, broken.resources, place, recording(broken))
+            for part in (stopping_after(5, same), same, stopping_after(5, fewer), to_zero2, by_two):
+                train_in(part, part.resources, place, recording(part))
             result = train_in(arguments["run"], arguments["run"].resources, place, Services())
         return {"result": result, "stopped": stopped, "workers": place.workers, "share": share}
 
@@ -123,17 +159,23 @@ def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
     assert returned["stopped"]["step"] == 6
 
     one = distill_run(tmp_path / "one", inputs, resources={"micro_batch": 6}, tokens=tokens)
-    expected = train_in(one, one.resources, one_worker, WITHOUT_RAY)
-    for run in (zero2, zero3):
+    expected = train_in(one, one.resources, one_worker, recording(one, read_directly))
+    for run in (zero2, zero3, same, fewer, grown):
         assert lines(run).keys() == lines(one).keys()
         for step, metrics in lines(one).items():
             assert lines(run)[step] == pytest.approx(metrics, rel=1e-4, abs=1e-6), (run.progress, step)
         assert largest_difference(run, one) < 1e-4
     assert returned["result"]["metrics"]["train/tokens"] == expected["metrics"]["train/tokens"]
 
+    assert lines(same) == lines(zero2), "on as many workers a resumed run is the unbroken one, bit for bit"
+    assert largest_difference(same, zero2) == 0.0
+
     resumed = distill_run(tmp_path / "broken", inputs, resources={"micro_batch": 3}, tokens=tokens)
-    train_in(resumed, resumed.resources, one_worker, WITHOUT_RAY)
+    train_in(resumed, resumed.resources, one_worker, recording(resumed, read_directly))
     assert largest_difference(resumed, one) < 1e-4
+    assert list(seen(one)) == list(range(8))
+    for run in (zero3, same, fewer, grown, resumed):
+        assert seen(run) == seen(one), run.progress
 
     by_one = calibration(tmp_path / "one", one)
     measure_in(by_one, by_one.resources, one_worker)
