@@ -109,6 +109,8 @@ def planned(experiment: Experiment, store: Store, explain: bool = True, continue
     """What running the experiment would do: make the results, and anew what was altered on the way to them."""
     stages = {stage.identity: stage for cell in experiment.cells for stage in cell.stages}
     leaves = experiment.leaves
+    for leaf in leaves:
+        store.is_altered(leaf, full=True)  # a report reads them, and they are small; the facts below know it then
     targets = leaves + [stage for stage in stages.values() if stage not in leaves and store.is_altered(stage)]
     facts = store.gather(targets, explain=explain)
     return plan(targets, facts, targets, continue_stopped=continue_stopped)

@@ -16,7 +16,7 @@ from overfill.errors import UserError
 from overfill.shapes import ModelShape
 from overfill.workload import EXACT, REFRESH
 from pipeline.curves import Curve
-from pipeline.fingerprint import digest_file
+from pipeline.fingerprint import digest_once
 from pipeline.graph import SYSTEM, ratio_label
 from pipeline.stage import External
 from pipeline.stages.folders import model_folder
@@ -122,9 +122,9 @@ def file_of(cell: Cell, store: Store, name: str, file: str) -> Path | None:
     if stage is None or record is None:
         return None
     path = store.payload(stage) / file
-    if file not in record.files or digest_file(path) != record.files[file].sha256:
+    if file not in record.files or digest_once(path) != record.files[file].sha256:
         raise AlteredArtifact(
-            f"{path}: this file of an artifact was altered; restore it, or delete {path.parent.parent} and run again"
+            f"{path}: this file of an artifact was altered; restore it, or run again to build it anew"
         )
     return path
 

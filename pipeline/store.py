@@ -166,13 +166,13 @@ class Store:
     def verify(self, stage: Stage | str, full: bool = True) -> Record | None:
         """As `record`, with every file's SHA-256 too."""
         identity = stage if isinstance(stage, str) else stage.identity
-        folder = self.find(identity)
+        folder = self.find(identity, "*" if isinstance(stage, str) else stage.name)
         return None if folder is None else _checked(folder, identity, full)
 
-    def is_altered(self, stage: Stage) -> bool:
-        """Whether there is an artifact that is not what was written, as far as `record` sees."""
+    def is_altered(self, stage: Stage, full: bool = False) -> bool:
+        """Whether there is an artifact that is not what was written, as far as `record` or, with `full`, `verify` sees."""
         try:
-            self.record(stage)
+            self.verify(stage, full=full or self._verify)
         except AlteredArtifact:
             return True
         return False
