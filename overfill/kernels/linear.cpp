@@ -1,7 +1,7 @@
 // Linear layers and attention for a few rows of input on a CPU, as fast as memory gives weights and cache.
 //
 // y[m, n] = sum_k x[m, k] w[n, k] (+ b[n]), with w in bf16, or in int8 with one scale per output channel. A weight is
-// read once for two rows of x, widened to fp32 in registers and accumulated in fp32. Both formats are read as
+// read once for one or two rows of x, widened to fp32 in registers and accumulated in fp32. Both formats are read as
 // pairs of vectors of eight: bf16 as the even and the odd elements of sixteen (a shift and a mask widen them), int8 as
 // the first and the second eight. x is split alike beforehand. The code is plain GCC/Clang vector extensions: on wider
 // machines a vector of eight is what it is, on narrower ones the compiler splits it.
@@ -121,6 +121,27 @@ inline void tile(const typename Weights::Element* weights, int64_t inputs, const
     for (int c = 0; c < COLUMNS; c++) out[c * outputs + r] = total(sums[r][c]);
 }
 
+// One output channel times one row of x. Channels follow one another in memory, and one stream that is read from end to
+// end is what a processor fetches ahead by itself best: no prefetching, only sums enough that none waits for another.
+template <class Weights>
+inline float line(const typename Weights::Element* weights, int64_t inputs, const float* first, const float* second) {
+  constexpr int SUMS = 4;
+  const int64_t half = inputs / 2;
+  Floats sums[SUMS] = {};
+  const auto add = [&](int64_t i, int s) __attribute__((always_inline)) {
+    Floats a, b;
+    Weights::load(weights + 2 * i, a, b);
+    sums[s] += a * *reinterpret_cast<const Floats*>(first + i);
+    sums[s] += b * *reinterpret_cast<const Floats*>(second + i);
+  };
+  int64_t i = 0;
+  for (; i + SUMS * VECTOR <= half; i += SUMS * VECTOR)
+#pragma GCC unroll 4
+    for (int s = 0; s < SUMS; s++) add(i + s * VECTOR, s);
+  for (; i < half; i += VECTOR) add(i, 0);
+  return total(sums[0] + sums[1] + sums[2] + sums[3]);
+}
+
 // Output channels n to n + BLOCK for all rows of x: the weights stay in a near cache between them.
 template <class Weights>
 void block(const typename Weights::Element* weights, int64_t inputs, int64_t rows, const float* first,
@@ -132,7 +153,8 @@ void block(const typename Weights::Element* weights, int64_t inputs, int64_t row
       tile<Weights, 4, 2>(weights + r * inputs, inputs, first + m * half, second + m * half, out + m * outputs + r,
                           outputs);
   for (; m < rows; m++)
-    tile<Weights, 8, 1>(weights, inputs, first + m * half, second + m * half, out + m * outputs, outputs);
+    for (int64_t r = 0; r < BLOCK; r++)
+      out[m * outputs + r] = line<Weights>(weights + r * inputs, inputs, first + m * half, second + m * half);
 }
 
 template <class Weights>
@@ -147,8 +169,7 @@ void run(const typename Weights::Element* weights, int64_t inputs, int64_t outpu
   });
   for (int64_t n = blocks * BLOCK; n < outputs; n++)
     for (int64_t m = 0; m < rows; m++)
-      tile<Weights, 1, 1>(weights + n * inputs, inputs, first + m * half, second + m * half, out + m * outputs + n,
-                          outputs);
+      out[m * outputs + n] = line<Weights>(weights + n * inputs, inputs, first + m * half, second + m * half);
 }
 
 // x [rows, inputs] -> two of [rows, inputs / 2], as the weights' format pairs them.
