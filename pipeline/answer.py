@@ -51,8 +51,10 @@ def answer(
     two_stage = TwoStageForCausalLM.from_pretrained(folder, full=full, device=device, decoder=decoder)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder))
     torch.manual_seed(sampling.seed)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt, chat)])
     two_stage.generate(
-        torch.tensor([prompt_ids(tokenizer, prompt, chat)]),
+        ids,
+        attention_mask=torch.ones_like(ids),  # an end of turn within a chat may be the padding token too
         max_new_tokens=sampling.max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
@@ -61,9 +63,13 @@ def answer(
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """Token ids of a prompt, as training had them: through the chat template, up to where the answer begins."""
+    """Token ids of a prompt, as training had them: through the chat template, up to where the answer begins.
+
+    Raises UserError when there is no template."""
     if not chat:
         return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise UserError(f"--chat: the tokenizer of {tokenizer.name_or_path} has no chat template; give --no-chat")
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
