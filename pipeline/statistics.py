@@ -2,7 +2,7 @@
 
 - "this exact match is k of n": Wilson's score interval (Wilson 1927), which stays inside [0, 1] and is right near both
   ends, where the textbook normal interval has width zero.
-- "this number came from a few seeds": percentile bootstrap of the mean (Efron 1979).
+- "this number came out of a resampling": the percentile interval (Efron 1979), and the p-value that agrees with it.
 - "could the discordant samples be a coin toss": McNemar's exact test (two-sided binomial), and its like for scores that
   are no yes or no, and for means over seeds: the signs of the samples' differences are tossed (Fisher 1935).
 
@@ -12,7 +12,6 @@ Seeds and tasks together are the matter of `pipeline.resampling`, systems side b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -57,25 +56,6 @@ def wilson(correct: int, total: int, confidence: float = CONFIDENCE) -> Interval
     low = 0.0 if correct == 0 else max(0.0, centre - spread)
     high = 1.0 if correct == total else min(1.0, centre + spread)
     return Interval(share, low, high)
-
-
-def bootstrap_mean(
-    values: Sequence[float] | FloatArray,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """Mean of `values` [n] with its percentile bootstrap interval; one value alone gives an interval of width zero.
-
-    Raises:
-        ValueError: no value.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"bootstrap_mean wants a non-empty list of numbers, got shape {array.shape}")
-    distinct, counts = np.unique(array, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(array.size, counts / array.size, size=resamples)
-    return percentiles(float(array.mean()), drawn @ distinct / array.size, confidence)
 
 
 def percentiles(value: float, resampled: FloatArray, confidence: float = CONFIDENCE) -> Interval:

@@ -8,7 +8,7 @@ from scipy import stats
 
 from pipeline.comparison import compare, compare_over_tasks, relative_improvement
 from pipeline.resampling import average_over_tasks, mean_over_seeds
-from pipeline.statistics import bootstrap_mean, bootstrap_p, mcnemar, sign_flip, wilson
+from pipeline.statistics import bootstrap_p, mcnemar, sign_flip, wilson
 
 
 def scores(values) -> dict[int, float]:
@@ -30,7 +30,7 @@ def test_wilson_is_scipys(correct: int, total: int) -> None:
 def test_the_bootstrap_is_scipys_percentile_bootstrap() -> None:
     values = np.random.default_rng(1).gamma(2.0, size=300)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=2).confidence_interval
-    ours = bootstrap_mean(values)
+    ours = mean_over_seeds([scores(values)])
     assert ours.low == pytest.approx(theirs.low, rel=0.01)
     assert ours.high == pytest.approx(theirs.high, rel=0.01)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.comparison import compare
-from pipeline.statistics import bootstrap_mean, mcnemar, wilson
+from pipeline.resampling import mean_over_seeds
+from pipeline.statistics import mcnemar, wilson
 
 
 def outcomes(*bits: int) -> dict[int, bool]:
@@ -61,18 +62,18 @@ def test_mcnemar_does_not_overflow_on_a_large_test_set() -> None:
     assert mcnemar(5_200, 4_800) == pytest.approx(6.6e-5, rel=0.05)
 
 
-def test_bootstrap_of_the_mean_agrees_with_the_standard_error_and_is_repeatable() -> None:
-    values = np.random.default_rng(3).normal(10.0, 2.0, size=400)
-    interval = bootstrap_mean(values)
-    assert interval.value == pytest.approx(values.mean())
-    assert interval.half_width == pytest.approx(1.96 * values.std() / 20, rel=0.05)
-    assert bootstrap_mean(values) == interval
+def test_the_interval_of_a_mean_agrees_with_the_standard_error_and_is_repeatable() -> None:
+    values = dict(enumerate(np.random.default_rng(3).normal(10.0, 2.0, size=400)))
+    interval = mean_over_seeds([values])
+    assert interval.value == pytest.approx(np.mean(list(values.values())))
+    assert interval.half_width == pytest.approx(1.96 * np.std(list(values.values())) / 20, rel=0.05)
+    assert mean_over_seeds([values]) == interval
 
 
-def test_one_seed_alone_gives_no_width_and_none_is_an_error() -> None:
-    assert bootstrap_mean([0.25]).half_width == 0.0
-    with pytest.raises(ValueError, match="non-empty"):
-        bootstrap_mean([])
+def test_one_sample_alone_gives_no_width_and_no_seed_is_an_error() -> None:
+    assert mean_over_seeds([{0: 0.25}]).half_width == 0.0
+    with pytest.raises(ValueError, match="same seeds"):
+        mean_over_seeds([])
 
 
 def test_the_paired_interval_has_the_width_of_the_paired_standard_error() -> None:
