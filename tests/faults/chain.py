@@ -1,0 +1,215 @@
+"""A run that is struck several times and must still come to the result of the unbroken one.
+
+Faults come in the order of the stages. A driver that has ended is started again, at once, as a user or a scheduler
+would; after the last fault the experiment is run to its end, and everything about it is compared. Several faults in one
+run cost less than one each (most of a run's minute is starting), and meet each other's consequences.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from tests.faults import verdict
+from tests.faults.place import LONGEST_RUN_S, STAGES, STEPS, Place
+from tests.faults.strikes import FAULTS, Fault, Kind, Target, wait_for_second_drivers
+from tests.faults.surroundings import KINDS, Surroundings
+
+DURATIONS_S = {
+    "tokenizer": 1.0, "data": 5.0, "teacher": 10.0, "calibrate": 7.0,
+    "prune": 4.0, "distill": 12.0, "evaluate": 6.0, "benchmark": 1.5,
+}  # fmt: skip
+"""About how long each stage takes, the start of its workers included: faults strike at any time in it."""
+MOST_STARTS = 8
+"""More drivers than that for the same stage are no progress."""
+PATIENCE_S = 30.0
+"""How long processes may take to end by themselves, after the run that they belong to."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """A fault, and when it is due."""
+
+    fault: Fault
+    stage: str
+    after: float = 0.0
+    """Seconds after an attempt at the stage begins."""
+    step: int = 0
+    """Or as soon as this step was logged; 0 for a moment in time."""
+
+    def __str__(self) -> str:
+        when = f"step {self.step}" if self.step else f"{self.after:.1f} s"
+        return f"{self.fault.name} in {self.stage} at {when}"
+
+    @classmethod
+    def draw(cls, fault: Fault, random: Random) -> Injection:
+        """Anywhere that the fault can strike."""
+        stage = random.choice(fault.stages)
+        if stage in STEPS and (fault.at_step or random.random() < 0.5):
+            return cls(fault, stage, step=random.randint(max(1, fault.at_step), STEPS[stage] - 2))
+        return cls(fault, stage, after=random.uniform(0.0, DURATIONS_S[stage]))
+
+
+@dataclass
+class Outcome:
+    """How a chain ended."""
+
+    kind: Kind
+    struck: list[tuple[Injection, str]] = field(default_factory=list)
+    """What was injected, and what it hit."""
+    missed: list[Injection] = field(default_factory=list)
+    """What found its stage finished, or nothing to hit."""
+    problems: list[str] = field(default_factory=list)
+    """Why the result is not that of the unbroken run; empty when it is."""
+    drivers: int = 0
+    seconds: float = 0.0
+
+
+def draw_chain(random: Random, kind: Kind, length: int, faults: Sequence[Fault] = FAULTS) -> list[Injection]:
+    """Faults for one run: at least one of its kind, the others such as need nothing around it."""
+    own = [fault for fault in faults if fault.kind == kind]
+    plain = [fault for fault in faults if fault.kind == "plain"] or own
+    chosen = [random.choice(own), *(random.choice(own if random.random() < 0.3 else plain) for _ in range(length - 1))]
+    drawn = [Injection.draw(fault, random) for fault in chosen]
+    return sorted(drawn, key=lambda one: (STAGES.index(one.stage), one.step or one.after))
+
+
+def unbroken(place: Place) -> verdict.Result:
+    """The result that every chain must have: of a run that nothing happens to."""
+    place.start()
+    code = place.driver.wait(LONGEST_RUN_S)
+    assert code == 0, f"the unbroken run ended with {code}:\n{place.driver.text()}"
+    wrong = verdict.leftovers(place.store) + [f"process {pid}: {line}" for pid, line in _left(place)]
+    assert not wrong, wrong
+    return verdict.Result.of(place.store)
+
+
+def run_chain(place: Place, injections: Sequence[Injection], expected: verdict.Result, seed: int) -> Outcome:
+    """Run the experiment in an empty place, with these faults.
+
+    Raises Unavailable when this machine does not allow what they need."""
+    kinds: set[Kind] = {one.fault.kind for one in injections if one.fault.kind != "plain"}
+    kind: Kind = kinds.pop() if kinds else "plain"
+    outcome, began = Outcome(kind), time.monotonic()
+    place.clear()
+    place.environment.clear()
+    place.arguments = ()
+    with KINDS[kind](place) as around:
+        try:
+            _Chain(place, around, outcome, Random(seed)).run(injections, expected)
+        finally:
+            place.end()
+            if outcome.problems:
+                _keep(place, seed)
+    outcome.drivers, outcome.seconds = len(place.drivers), time.monotonic() - began
+    return outcome
+
+
+@dataclass
+class _Chain:
+    place: Place
+    around: Surroundings
+    outcome: Outcome
+    random: Random
+    finished: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Stage -> (attempt, end) of what was finished before a fault: nothing of it may be done again, unless damaged."""
+    saved: list[tuple[str, int, int]] = field(default_factory=list)
+    """After a fault: stage, how often its training has begun so far, step of its newest sound step checkpoint."""
+
+    def run(self, injections: Sequence[Injection], expected: verdict.Result) -> None:
+        self.place.start()
+        for injection in injections:
+            hit = self._inject(injection)
+            if hit is None:
+                self.outcome.missed.append(injection)
+            else:
+                self.outcome.struck.append((injection, hit))
+            if self.outcome.problems:
+                return
+        self.around.settle()
+        self._finish()
+        if not self.outcome.problems:
+            self._judge(expected)
+
+    def _inject(self, injection: Injection) -> str | None:
+        """Wait for the moment and strike; what was hit, or None when it never came to that."""
+        due: float | None = None
+        while self._keep_going(injection.stage):
+            if self.place.running(injection.stage):
+                due = time.monotonic() + injection.after if due is None else due
+                if self._is_due(injection, due) and (hit := self._strike(injection)) is not None:
+                    return hit
+            time.sleep(0.02)
+        return None
+
+    def _is_due(self, injection: Injection, due: float) -> bool:
+        if injection.step:
+            return self.place.step(injection.stage) >= injection.step
+        return time.monotonic() >= due
+
+    def _strike(self, injection: Injection) -> str | None:
+        before = {
+            stage: (record.attempt, record.finished) for stage, record in verdict.records(self.place.store).items()
+        }
+        target = Target(self.place, self.around, injection.stage, self.random)
+        hit = injection.fault.strike(target)
+        self.outcome.problems += target.problems
+        if hit is not None:
+            self.finished |= before
+            self.saved += [(stage, len(self.place.starts(stage)), self.place.saved_step(stage)) for stage in STEPS]
+        return hit
+
+    def _keep_going(self, stage: str) -> bool:
+        """Whether the stage can still be struck: it is not finished. A driver that has ended is started again."""
+        if self.place.finished(stage) or self.outcome.problems:
+            return False
+        if not self.place.driver.alive:
+            self._start_again()
+        return not self.outcome.problems
+
+    def _start_again(self) -> None:
+        if len(self.place.drivers) >= MOST_STARTS:
+            self.outcome.problems.append(f"{len(self.place.drivers)} drivers, and no end")
+            return
+        self.place.start()
+
+    def _finish(self) -> None:
+        """Run to the end. What was broken is repaired, so when the driver at work does not get there, the next must."""
+        code = self.place.driver.wait(LONGEST_RUN_S)
+        if code not in (0, None):
+            self._start_again()
+            code = self.place.driver.wait(LONGEST_RUN_S)
+        target = Target(self.place, self.around, "", self.random)
+        wait_for_second_drivers(target)
+        self.outcome.problems += target.problems
+        if code != 0:
+            end = f"no end after {LONGEST_RUN_S:.0f} s" if code is None else f"exit code {code}"
+            self.outcome.problems.append(f"the last run ({self.place.driver.output.name}): {end}")
+
+    def _judge(self, expected: verdict.Result) -> None:
+        problems = verdict.leftovers(self.place.store)
+        problems += [f"process {pid} is left: {line[:100]}" for pid, line in _left(self.place)]
+        problems += verdict.differences(expected, verdict.Result.of(self.place.store, self.around.tracking_uri))
+        there = verdict.records(self.place.store)
+        damaged = {folder.parent.name for folder in self.around.damaged}
+        for stage, before in self.finished.items():
+            if stage not in damaged and (there[stage].attempt, there[stage].finished) != before:
+                problems.append(f"{stage} was finished (attempt {before[0]}) and was done again")
+        for stage, count, step in self.saved:
+            if (began := self.place.starts(stage)[count : count + 1]) and began[0] < step:
+                problems.append(f"{stage} went on from step {began[0]}, and step {step} was saved")
+        self.outcome.problems += problems
+
+
+def _left(place: Place) -> list[tuple[int, str]]:
+    return sorted(place.leftover_processes(PATIENCE_S).items())
+
+
+def _keep(place: Place, seed: int) -> None:
+    """Set the store of a lost run aside, with what its drivers printed."""
+    target = place.folder.parent / f"lost-{seed}"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(place.folder, target, symlinks=True)

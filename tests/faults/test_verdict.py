@@ -1,0 +1,141 @@
+"""The harness itself: that it sees what is wrong, and that it strikes what it should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+from synthetic_store import SyntheticStore, toy_cells
+
+from pipeline.experiment import Experiment, keep_experiment
+from pipeline.lease import acquire
+from tests.faults import __main__ as program
+from tests.faults.chain import Injection, Outcome, draw_chain
+from tests.faults.place import STAGES, STEPS, Driver, Place
+from tests.faults.strikes import FAULTS
+from tests.faults.surroundings import WithClock
+from tests.faults.verdict import Result, _files, _steps, differences, leftovers
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> SyntheticStore:
+    """The store of a sweep of one cell that is done."""
+    written = SyntheticStore(tmp_path / "runs")
+    (cell,) = toy_cells(methods=("overfill",))
+    written.finish(cell)
+    keep_experiment(Experiment(cell.config, [cell]), written.store)
+    return written
+
+
+def result_of(store: Path) -> Result:
+    return Result(_files(store), {stage: _steps(store, stage) for stage in STEPS}, {"child train/loss": [1, 2]})
+
+
+def folder_of(store: Path, stage: str) -> Path:
+    return next(path for path in store.glob(f"{stage}/*") if path.is_dir())
+
+
+def test_a_sound_store_has_nothing_to_complain_of(written):
+    root = written.store.root
+    assert leftovers(root) == []
+    assert set(_files(root)) == set(STAGES) - {"benchmark"}
+    assert differences(result_of(root), result_of(root)) == []
+
+
+def test_every_kind_of_leftover_is_seen(written):
+    root = written.store.root
+    (folder_of(root, "data") / "staging-0001").mkdir()
+    damaged = next((folder_of(root, "prune") / "payload" / "model").iterdir())
+    content = bytearray(damaged.read_bytes())
+    content[0] ^= 1
+    damaged.write_bytes(content)
+    lease = acquire(folder_of(root, "teacher") / "attempts", 1)
+    assert lease is not None
+    told = "\n".join(leftovers(root))
+    lease.release()
+    assert "garbage: data/" in told and "staging-0001" in told
+    assert "config.json has another SHA-256" in told
+    assert "teacher: its lease is held" in told
+    (folder_of(root, "evaluate") / "payload").rename(root / "gone")
+    assert "evaluate: there is no artifact" in leftovers(root)
+
+
+def test_another_file_another_loss_and_a_step_that_is_there_twice_are_seen(written):
+    root = written.store.root
+    sound = result_of(root)
+    assert sound.steps["distill"]["3 train/loss"] == [json.dumps(10.0 / 3)]
+    metrics = folder_of(root, "distill") / "progress" / "metrics.jsonl"
+    again = {"step": 3, "steps": 10, "tokens": 300, "time": 0.0, "metrics": {"train/loss": 3.5}}
+    with metrics.open("a") as stream:
+        stream.write(json.dumps(again) + "\n")
+    assert differences(sound, result_of(root)) == [
+        f"distill: 3 train/loss is ['{10.0 / 3}', '3.5'], not ['{10.0 / 3}']"
+    ]
+    other = replace(sound, files=sound.files | {"data": {"note.txt": "0" * 64}})
+    assert differences(sound, other) == ["data: note.txt is another file than that of the unbroken run"]
+    doubled = replace(sound, history={"child train/loss": [1, 2, 2]})
+    assert differences(sound, doubled) == ["MLflow: child train/loss has the steps [1, 2, 2], not [1, 2]"]
+
+
+def test_a_chain_is_drawn_from_its_seed_in_the_order_of_the_stages():
+    for seed in range(20):
+        chain = draw_chain(Random(seed), "disk", 5)
+        assert chain == draw_chain(Random(seed), "disk", 5)
+        assert [one.stage for one in chain] == sorted((one.stage for one in chain), key=STAGES.index)
+        assert any(one.fault.kind == "disk" for one in chain)
+        assert {one.fault.kind for one in chain} <= {"disk", "plain"}
+        for one in chain:
+            assert one.stage in one.fault.stages
+            assert one.step < STEPS.get(one.stage, 1)
+            assert not one.fault.at_step or one.step >= one.fault.at_step
+
+
+def test_the_whole_session_of_a_driver_dies_with_its_machine(tmp_path):
+    script = "import subprocess, sys; subprocess.Popen(['sleep', '60'], process_group=0); print(flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    driver = Driver(process, tmp_path / "output")
+    assert sorted(line.split()[0].rpartition("/")[2] for line in driver.processes().values())[-1] == "sleep"
+    assert len(driver.processes()) == 2
+    began = time.monotonic()
+    driver.kill_all()
+    assert not driver.processes()
+    assert time.monotonic() - began < 10
+
+
+def test_what_is_around_a_run_is_prepared_and_a_clock_can_be_set(tmp_path):
+    place = Place(tmp_path / "place")
+    with WithClock(place) as around:
+        program = (
+            f"import time; print(round(time.time() - {time.time()}, -1), round(time.time_ns() / 1e9 - time.time()))"
+        )
+
+        def ahead() -> str:
+            command = [sys.executable, "-c", program]
+            return subprocess.run(
+                command, env=place.variables(), capture_output=True, text=True, check=True
+            ).stdout.strip()
+
+        assert ahead().split() == ["0.0", "0"]
+        around.set_clock(-86_400.0)
+        assert ahead().split() == ["-86400.0", "0"]
+
+
+def test_the_table_counts_every_fault_of_a_lost_run_as_lost(capsys):
+    first, second = FAULTS[0], FAULTS[1]
+    well = Outcome("plain", [(Injection(first, "data"), "driver"), (Injection(second, "data"), "9 processes")])
+    lost = Outcome("plain", [(Injection(first, "data"), "driver")], problems=["data: its lease is held"])
+    program._print_table([well, lost], (first, second))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert rows[2:] == [[first.name, "2", "1", "1"], [second.name, "1", "1", "0"], ["all", "3", "2", "1"]]
+    summary = program._summary([well, lost], 7, {})
+    assert (summary["injected"], summary["recovered"], summary["lost"]) == (3, 2, 1)

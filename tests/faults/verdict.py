@@ -1,0 +1,145 @@
+"""What came out of a run, and whether it is what an unbroken one gives.
+
+Compared are the SHA-256 of every file that is a function of the experiment (latencies are not); every line of metrics
+that was ever written for a step, in whatever attempt: with one worker in fp32 the loss of a step says, to the last bit,
+which samples it and all steps before it have seen; and what MLflow has, run by run and step by step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline import gc
+from pipeline.curves import parse_line
+from pipeline.lease import Watch
+from pipeline.record import RECORD_FILE, Record
+from pipeline.store import AlteredArtifact, Store
+from tests.faults.place import STAGES, STEPS
+
+MEASURED = ("benchmark",)
+"""Stages whose payload is a measurement and differs from run to run."""
+CLOCKS = ("train/tokens_per_second",)
+"""Metrics that depend on the time."""
+KEPT_BY_GC = ("set aside as altered",)
+"""Reasons of `overfill gc` for what may be left: evidence that something was damaged from outside."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an experiment's store holds at the end."""
+
+    files: dict[str, dict[str, str]]
+    """Stage -> file -> SHA-256."""
+    steps: dict[str, dict[str, list[str]]]
+    """Stage that trains -> `step metric` -> every value that was ever written for it, each once, as JSON."""
+    history: dict[str, list[int]]
+    """`run metric` in MLflow -> its steps as they are there."""
+
+    @classmethod
+    def of(cls, store: Path, uri: str | None = None) -> Result:
+        """Read a store, and MLflow at `uri` (by default the store's own file)."""
+        return cls(_files(store), {stage: _steps(store, stage) for stage in STEPS}, dict(_history(store, uri)))
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        return cls(**json.loads(path.read_text()))
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1))
+
+
+def differences(unbroken: Result, found: Result) -> list[str]:
+    """In what a result is not that of the unbroken run; one line each."""
+    told: list[str] = []
+    for stage, files in unbroken.files.items():
+        for name in sorted(files.keys() | found.files.get(stage, {}).keys()):
+            if files.get(name) != found.files.get(stage, {}).get(name):
+                told.append(f"{stage}: {name} is another file than that of the unbroken run")
+    for stage, lines in unbroken.steps.items():
+        there = found.steps.get(stage, {})
+        wrong = [name for name in sorted(lines.keys() | there.keys()) if lines.get(name) != there.get(name)]
+        told += [f"{stage}: {name} is {there.get(name)}, not {lines.get(name)}" for name in wrong[:3]]
+        told += [f"{stage}: and {len(wrong) - 3} more"] if len(wrong) > 3 else []
+    for name in sorted(unbroken.history.keys() | found.history.keys()):
+        expected, there = unbroken.history.get(name), found.history.get(name)
+        if expected != there:
+            told.append(f"MLflow: {name} has the steps {there}, not {expected}")
+    return told
+
+
+def leftovers(store: Path) -> list[str]:
+    """What a run that has ended should not have left in its store: artifacts that are not whole, leases, garbage."""
+    here, told = Store(store), []
+    for stage in STAGES:
+        folders = [path for path in store.glob(f"{stage}/*") if (path / "attempts").is_dir()]
+        if len(folders) != 1:
+            told.append(f"{stage}: {len(folders)} artifacts instead of one")
+        for folder in folders:
+            state = Watch(folder / "attempts").look().state
+            if state != "free":
+                told.append(f"{stage}: its lease is {state}")
+            try:
+                if here.verify(folder.name.rpartition("_")[2]) is None:
+                    told.append(f"{stage}: there is no artifact")
+            except AlteredArtifact as error:
+                told.append(f"{stage}: {error}")
+    found = [one for one in gc.collect(here) if one.reason not in KEPT_BY_GC]
+    return told + [f"garbage: {one.path.relative_to(store)} ({one.reason})" for one in found]
+
+
+def records(store: Path) -> dict[str, Record]:
+    """Stage -> record of what is finished."""
+    found = [Record.model_validate_json(path.read_bytes()) for path in store.glob(f"*/*/payload/{RECORD_FILE}")]
+    return {record.stage: record for record in found}
+
+
+def _files(store: Path) -> dict[str, dict[str, str]]:
+    return {
+        stage: {name: entry.sha256 for name, entry in record.files.items()}
+        for stage, record in sorted(records(store).items())
+        if stage not in MEASURED
+    }
+
+
+def _steps(store: Path, stage: str) -> dict[str, list[str]]:
+    """Not through `curves.Curve`, which keeps of every step the last line only."""
+    values: dict[str, set[str]] = {}
+    for path in store.glob(f"{stage}/*/progress/metrics.jsonl"):
+        for line in path.read_bytes().split(b"\n"):
+            point = parse_line(line)
+            if point is None:
+                continue  # a killed writer's half line
+            for name, value in {"tokens": point.tokens, **point.metrics}.items():
+                if name not in CLOCKS:
+                    values.setdefault(f"{point.step} {name}", set()).add(json.dumps(value))
+    return {name: sorted(found) for name, found in sorted(values.items())}
+
+
+def _history(store: Path, uri: str | None) -> Iterator[tuple[str, list[int]]]:
+    """Steps of every metric of every run, in MLflow's order; and how many runs there are in which state."""
+    with tempfile.TemporaryDirectory() as copies:
+        if uri is None:
+            # A copy under a name of its own, for MLflow keeps one connection for each name.
+            uri = f"sqlite:///{shutil.copy(store / 'mlflow.db', Path(copies) / f'{Path(copies).name}.db')}"
+        yield from _history_at(uri)
+
+
+def _history_at(uri: str) -> Iterator[tuple[str, list[int]]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    counts: Counter[str] = Counter()
+    for run in runs:
+        kind = "child" if "mlflow.parentRunId" in run.data.tags else "parent"
+        counts[f"{kind} runs {run.info.status}"] += 1
+        for metric in run.data.metrics:
+            yield f"{kind} {metric}", [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+    for name, count in counts.items():
+        yield name, [count]
