@@ -104,10 +104,12 @@ def measure_systems(
     weights: str = "stored",
     refresh: int | str = NONE,
     texts: Sequence[Sequence[int]] = (),
+    released: Path | None = None,
 ) -> list[Row]:
     """Time the full model and, with a student folder, the student alone and OverFill on every grid point.
 
     Args:
+        released: in place of a student, the folder of any other model, which is then the `student` alone.
         weights: the student's, `stored` or `int8`.
         refresh: a setting of `overfill.dial`; other than `none`, OverFill with it is timed as well.
         texts: token ids of prompts to measure with, see `prompts_of`; random tokens without.
@@ -117,8 +119,11 @@ def measure_systems(
     """
     place = torch.device(device)
     full_model = load_full_model(full, dtype=DTYPES[dtype], device=place)
-    student_model = None if student is None else load_student(student, dtype=DTYPES[dtype], device=place)
-    names = [FULL] if student is None else [FULL, STUDENT, OVERFILL]
+    if released is not None:
+        student_model = load_full_model(released, dtype=DTYPES[dtype], device=place)
+    else:
+        student_model = None if student is None else load_student(student, dtype=DTYPES[dtype], device=place)
+    names = [FULL] if student_model is None else [FULL, STUDENT] if student is None else [FULL, STUDENT, OVERFILL]
     names += [] if refresh == NONE or student is None else [EXACT] if refresh == EXACT else [REFRESH]
     dial = refresh if REFRESH in names else None
     systems = make_systems(full_model, student_model, names, decoder, dial, weights=weights)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import overfill
 from overfill.architectures import checked_shape, parameters
-from overfill.config import Frozen
+from overfill.config import Frozen, Training
 from overfill.errors import UserError
 from overfill.importance import KeptChannels
 from overfill.shapes import PrunedWidths
@@ -33,8 +33,6 @@ from overfill.weights import WeightsFolder, check_names, check_weights, write_we
 
 MANIFEST_FILE = "overfill.json"
 FORMAT = 1
-Training = Literal["overfill", "pruned", "scratch"]
-"""The methods of `overfill.config.Method` that train a student."""
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
 
 

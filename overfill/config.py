@@ -6,9 +6,9 @@ not a validator that changes it, so that the config that is hashed is the config
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 def _width(value: object) -> int | float:
@@ -23,9 +23,25 @@ def _width(value: object) -> int | float:
 Width = Annotated[int | float, BeforeValidator(_width)]
 """A share of the channels to remove (a float, 0.0 up to below 1.0) or a number of channels to keep (an integer)."""
 
-Method = Literal["overfill", "pruned", "scratch", "full"]
-"""`overfill`: the full model prefills, the student decodes. `pruned`: the student alone, trained on the same tokens.
-`scratch`: the student's shape from a random start. `full`: the full model itself, untrained by us."""
+Method = Literal[
+    "full", "overfill", "assisted", "pruned", "lora", "untrained", "untrained-overfill", "scratch", "released"
+]
+"""What is measured:
+
+- `full`: the full model itself.
+- `overfill`: the full model prefills, the student decodes.
+- `assisted`: the student of `overfill` drafts, the full model verifies every token: the full model's own text, sooner.
+- `pruned`: the student alone, trained on the same tokens.
+- `lora`: as `pruned`, but only low-rank adapters are trained, and merged into the student afterwards.
+- `untrained`, `untrained-overfill`: the student as it was cut, alone and on the full model's cache.
+- `scratch`: the student's shape from a random start, alone, trained on the same tokens.
+- `released`: another model that somebody has published, alone."""
+
+Training = Literal["overfill", "pruned", "scratch", "lora"]
+"""The ways to train a student."""
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""A linear layer of a decoder layer, by its name in `transformers`."""
 
 
 class Frozen(BaseModel):
@@ -79,6 +95,28 @@ class LossConfig(Frozen):
         return self
 
 
+class LoraConfig(Frozen):
+    """Low-rank adapters (arXiv 2106.09685): to each target's weight W is added (alpha / rank) B A, and only A and B,
+    of `rank` rows and columns, are trained."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update of a weight; more learns more and costs more."""
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """Scale of the update, divided by the rank."""
+    targets: tuple[Projection, ...] = get_args(Projection)
+    """Linear layers that get adapters, in every decoder layer."""
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak learning rate of the adapters; empty takes that of the other methods, which is low for adapters: the paper
+    trains them with 2e-4."""
+
+    @field_validator("targets")
+    @classmethod
+    def _each_once(cls, value: tuple[Projection, ...]) -> tuple[Projection, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("needs at least one linear layer, each once")
+        return value
+
+
 def default_loss(method: Method) -> LossConfig:
-    """The loss of a method when the experiment names none: KL for all, plus KV match 3 for `overfill`."""
-    return LossConfig(kl=1.0, kv=3.0) if method == "overfill" else LossConfig(kl=1.0)
+    """The loss of a method when the experiment names none: KL for all, plus KV match 3 for `overfill`'s student."""
+    return LossConfig(kl=1.0, kv=3.0) if method in ("overfill", "assisted") else LossConfig(kl=1.0)

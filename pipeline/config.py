@@ -23,13 +23,22 @@ from pipeline.config_training import (
     DType,
     Name,
     PretrainConfig,
+    ReleasedConfig,
     Seed,
     TeacherConfig,
     TokenizerConfig,
     TrainingConfig,
 )
 
-__all__ = ["DistillConfig", "ExperimentConfig", "PretrainConfig", "TeacherConfig", "TokenizerConfig", "TrainingConfig"]
+__all__ = [
+    "DistillConfig",
+    "ExperimentConfig",
+    "PretrainConfig",
+    "ReleasedConfig",
+    "TeacherConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+]
 
 Source = Literal["toy", "jsonl", "parquet", "hf"]
 TOY_SAMPLES = 10**8
@@ -320,6 +329,8 @@ class ExperimentConfig(Frozen):
     """The hypothesis, for people."""
     teacher: TeacherConfig
     """The full model."""
+    released: ReleasedConfig | None = None
+    """The model of the method `released`."""
     data: DataConfig = DataConfig()
     """The corpus."""
     calibrate: ImportanceConfig = ImportanceConfig()
@@ -346,4 +357,6 @@ class ExperimentConfig(Frozen):
             raise ValueError(
                 "`teacher.pretrain.tokenizer.vocabulary` is needed unless `data.source` is `toy`; 1024 suits a small corpus"
             )
+        if self.distill.method == "released" and self.released is None:
+            raise ValueError("`distill.method` is `released`, but no model is named; add `released: {model, revision}`")
         return self

@@ -200,6 +200,11 @@ def with_value(values: Mapping[str, Any], dotted: str, value: Any, where: str) -
     return {**values, head: with_value(inner or {}, rest, value, where)}
 
 
+def is_under(path: str, section: str) -> bool:
+    """Whether a dotted path is a section or lies in it."""
+    return path == section or path.startswith(section + ".")
+
+
 def validate(model: type[Config], values: Any, where: str) -> Config:
     """Build `model` from plain values; the first problem becomes a one-line UserError."""
     try:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from overfill.config import Frozen, LossConfig, Method, default_loss
+from overfill.config import Frozen, LoraConfig, LossConfig, Method, default_loss
 
 NOT_IDENTITY: dict[str, Any] = {"identity": False}
 """`json_schema_extra` of a field that never counts in a stage's identity."""
@@ -146,15 +146,47 @@ class TeacherConfig(Frozen):
         return f"{self.pretrain.architecture}-h{self.pretrain.hidden}"
 
 
+class ReleasedConfig(Frozen):
+    """A model that somebody has published, to compare with: of the student's size, say. It has its own tokenizer and
+    chat template, reads the same conversations, and is judged on the same answers as text."""
+
+    name: Name | None = None
+    """Short name in labels and tables; the last part of `model` when empty."""
+    model: str
+    """Hub id or local folder."""
+    revision: str | None = None
+    """Commit of the Hub repository; needed for a Hub id."""
+    shape: Annotated[dict[str, Any] | None, Field(json_schema_extra=NOT_IDENTITY)] = None
+    """Fields of its config.json, for `overfill plan` where the model is not on this machine."""
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        return self.name or self.model.rstrip("/").split("/")[-1]
+
+
 class DistillConfig(TrainingConfig):
     """How the student is trained."""
 
     method: Method = "overfill"
     """Which system the cell measures, and so what is trained."""
     loss: LossConfig | None = None
-    """Weights of the loss; empty takes KL 1 + KV match 3 for `overfill`, KL 1 for `pruned` and `scratch`."""
+    """Weights of the loss; empty takes KL 1 + KV match 3 for `overfill` and `assisted`, KL 1 for the other methods."""
+    lora: LoraConfig | None = None
+    """Adapters of the method `lora`, and of no other; empty takes their defaults."""
 
     @property
     def effective_loss(self) -> LossConfig:
         """The loss that is used."""
         return self.loss or default_loss(self.method)
+
+    @property
+    def effective_learning_rate(self) -> float:
+        """The peak learning rate that is used."""
+        own = self.effective_lora.learning_rate if self.method == "lora" else None
+        return self.learning_rate if own is None else own
+
+    @property
+    def effective_lora(self) -> LoraConfig:
+        """The adapters that are used by the method `lora`."""
+        return self.lora or LoraConfig()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from overfill.config import LoraConfig
 from overfill.shapes import BYTES, ModelShape
 from pipeline.config import StageResources, TrainingConfig
 from pipeline.sweep import Cell
@@ -33,9 +34,8 @@ class Cost:
 
 def cell_costs(cell: Cell) -> dict[str, Cost]:
     """Stage name -> cost, for the stages of a cell that hold a model."""
-    config, full = cell.config, cell.shape
+    config, full, student = cell.config, cell.shape, cell.decodes
     length = config.data.max_length
-    student = full if cell.widths is None else full.pruned(cell.widths.hidden, cell.widths.intermediate)
     costs: dict[str, Cost] = {}
     if config.teacher.pretrain is not None:
         training = config.teacher.pretrain
@@ -64,28 +64,55 @@ def _distillation(cell: Cell, full: ModelShape, student: ModelShape, length: int
     training, resources = cell.config.distill, cell.config.resources.distill
     forward = full.forward_flops(training.tokens, length / 2)
     passes = 4 if resources.activation_checkpointing else 3
+    trained: int | None = None
+    if cell.method == "lora":
+        passes -= 1  # gradients go through the frozen weights, none are computed for them
+        trained = adapter_parameters(student, training.effective_lora)
     flops = forward + passes * student.forward_flops(training.tokens, length / 2)
-    return Cost(training_memory(student, full, training, resources, length), flops)
+    return Cost(training_memory(student, full, training, resources, length, trained), flops)
+
+
+def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:
+    """Parameters of the adapters on a model of this shape."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {
+        "q_proj": shape.hidden + queries,
+        "k_proj": shape.hidden + keys,
+        "v_proj": shape.hidden + keys,
+        "o_proj": queries + shape.hidden,
+        "gate_proj": shape.hidden + shape.intermediate,
+        "up_proj": shape.hidden + shape.intermediate,
+        "down_proj": shape.intermediate + shape.hidden,
+    }
+    return shape.layers * lora.rank * sum(sizes[target] for target in lora.targets)
 
 
 def _evaluation(cell: Cell, full: ModelShape, student: ModelShape, length: int) -> Cost:
     settings = cell.config.evaluate
-    weights = full.weight_bytes(settings.dtype) + (student.weight_bytes(settings.dtype) if cell.widths else 0)
-    cache = cell.config.resources.evaluate.micro_batch * length * full.kv_bytes_per_token(settings.dtype)
+    reader = student if cell.method == "released" else full
+    models = [reader, student] if cell.widths else [reader]
+    weights = sum(model.weight_bytes(settings.dtype) for model in models)
+    cache = cell.config.resources.evaluate.micro_batch * length * reader.kv_bytes_per_token(settings.dtype)
     per_token = student.forward_flops(settings.max_new_tokens, length)
-    return Cost(weights + cache, settings.samples * (full.forward_flops(length, length / 2) + per_token))
+    return Cost(weights + cache, settings.samples * (reader.forward_flops(length, length / 2) + per_token))
 
 
 def training_memory(
-    trained: ModelShape, full: ModelShape | None, training: TrainingConfig, resources: StageResources, length: int
+    trained: ModelShape,
+    full: ModelShape | None,
+    training: TrainingConfig,
+    resources: StageResources,
+    length: int,
+    parameters: int | None = None,
 ) -> float:
-    """Bytes of one training worker; `full` is the frozen full model beside the trained one, if any."""
+    """Bytes of one training worker; `full` is the frozen full model beside the trained one, if any, and `parameters`
+    how many are trained where the model itself is frozen."""
     workers, stage, size = resources.workers, resources.zero_stage, BYTES[training.dtype]
-    parameters = trained.parameters()
+    frozen, learning = (0, trained.parameters()) if parameters is None else (trained.parameters(), parameters)
     states = 8 + (4 if training.dtype == "bf16" else 0)
-    memory = parameters * size / (workers if stage >= 3 else 1)
-    memory += parameters * size / (workers if stage >= 2 else 1)
-    memory += parameters * states / (workers if stage >= 1 else 1)
+    memory = (frozen + learning) * size / (workers if stage >= 3 else 1)
+    memory += learning * size / (workers if stage >= 2 else 1)
+    memory += learning * states / (workers if stage >= 1 else 1)
     tokens = resources.micro_batch * length
     if full is not None:
         memory += full.weight_bytes(training.dtype) / (workers if stage >= 3 else 1)

@@ -61,12 +61,12 @@ class Experiment:
 
 
 def _make_absolute(values: dict) -> None:
-    teacher = values.get("teacher", {})
     for section, field in (("data", "path"), ("evaluate", "task_path"), ("evaluate", "task_data")):
         if given := values.get(section, {}).get(field):
             values[section][field] = str(Path(given).expanduser().absolute())
-    if teacher.get("model") and Path(teacher["model"]).expanduser().is_dir():
-        teacher["model"] = str(Path(teacher["model"]).expanduser().absolute())
+    for section in (values.get("teacher") or {}, values.get("released") or {}):
+        if section.get("model") and Path(section["model"]).expanduser().is_dir():
+            section["model"] = str(Path(section["model"]).expanduser().absolute())
 
 
 def open_store(store: str | None, verify: bool = False) -> Store:

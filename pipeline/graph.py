@@ -3,8 +3,15 @@
     tokenizer ──► data ──► teacher ──► calibrate ──► prune ──► distill ──► evaluate, tasks
                                                         └──────────────────► benchmark
 
-A teacher from the Hub is fetched by the `teacher` stage into the store, pinned by its revision; one in a local folder
-is an external input, pinned by its content. The benchmark reads the untrained student: latency depends on shapes, so
+Methods differ in what of this they have. The full model alone has neither scores nor a student, an untrained student no
+`distill`, and assisted generation is the student of `overfill`, by identity. A released model has the end of the line
+alone, on the same texts in its own tokens:
+
+    released ──► held_out ──► evaluate
+        └───────────────────► benchmark, beside the full model
+
+A model from the Hub is fetched by a stage into the store, pinned by its revision; one in a local folder is an external
+input, pinned by its content. The benchmark reads the untrained student: latency depends on shapes, so
 one measurement serves every method and seed of a ratio.
 """
 
@@ -17,10 +24,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from overfill.dial import NONE, dial
+from overfill.config import Method, Training
+from overfill.dial import EXACT, NONE, dial
 from overfill.errors import UserError
 from overfill.shapes import ModelShape, PrunedWidths, resolve_widths
-from pipeline.config import DataConfig, ExperimentConfig, TeacherConfig
+from pipeline.config import DataConfig, ExperimentConfig, ReleasedConfig, TeacherConfig
 from pipeline.config_tasks import TasksConfig
 from pipeline.corpus.sources import corpus_files
 from pipeline.fingerprint import digest_tree, identity_config
@@ -30,8 +38,28 @@ from pipeline.paths import local_path
 from pipeline.record import libraries
 from pipeline.stage import External, Stage
 
-SYSTEM = {"full": "full", "overfill": "overfill", "pruned": "student", "scratch": "student"}
-"""Which system of an evaluation or a benchmark a method is."""
+SYSTEM: dict[Method, str] = {
+    "full": "full",
+    "overfill": "overfill",
+    "assisted": "overfill",
+    "pruned": "student",
+    "lora": "student",
+    "untrained": "student",
+    "untrained-overfill": "overfill",
+    "scratch": "student",
+    "released": "student",
+}
+"""Which system of an evaluation or a benchmark a method is; the released model stands where a student would."""
+TRAINED_AS: dict[Method, Training] = {
+    "overfill": "overfill",
+    "assisted": "overfill",
+    "pruned": "pruned",
+    "lora": "lora",
+    "scratch": "scratch",
+}
+"""How the student of a method is trained; the methods that are not here train none."""
+WITHOUT_STUDENT: tuple[Method, ...] = ("full", "released")
+"""Methods that measure no cut model."""
 LATENCY_LIBRARIES = ("python", "torch", "transformers")
 """Libraries whose versions a latency depends on."""
 TOY_VOCABULARY = 48
@@ -55,6 +83,8 @@ def cell_stages(config: ExperimentConfig, teacher_shape: ModelShape | None = Non
     if method == "full":
         judged = [_evaluate(config, inputs, label), *_tasks(config, {"teacher": teacher}, label)]
         return _stages([*stages, *judged, _benchmark(config, {"teacher": teacher}, label)])
+    if method == "released":
+        return _stages([*stages, *_released(config, {**inputs, "tokenizer": tokenizer}, files)])
     widths = cell_widths(config, teacher_shape)
     scores = Stage(
         name="calibrate",
@@ -65,16 +95,17 @@ def cell_stages(config: ExperimentConfig, teacher_shape: ModelShape | None = Non
         label=label,
     )
     prune = _prune(teacher, scores, widths, f"{label}-{ratio_label(widths)}")
-    distill = _distill(config, {**inputs, "student": prune, "scores": scores}, f"{label}-{ratio_label(widths)}")
+    student = _distill(config, {**inputs, "student": prune, "scores": scores}, prune.label) or prune
+    own = f"{prune.label}-{method}" + ("" if student is prune else f"-s{config.seed}")
     judged = [
-        _evaluate(config, {**inputs, "student": distill}, distill.label),
-        *_tasks(config, {"teacher": teacher, "student": distill}, distill.label),
+        _evaluate(config, {**inputs, "student": student}, own),
+        *_tasks(config, {"teacher": teacher, "student": student}, own),
     ]
     timed: dict[str, Input] = {"teacher": teacher, "student": prune}
     if depends_on_text(_student_reading(config)["refresh"]):
-        timed = {"teacher": teacher, "student": distill, "data": inputs["data"]}
-    benchmark = _benchmark(config, timed, prune.label if timed["student"] is prune else distill.label)
-    return _stages([*stages, scores, prune, distill, *judged, benchmark])
+        timed = {"teacher": teacher, "student": student, "data": data}
+    benchmark = _benchmark(config, timed, own if "data" in timed else prune.label)
+    return _stages([*stages, scores, prune, student, *judged, benchmark])
 
 
 def ratio_label(widths: PrunedWidths) -> str:
@@ -96,35 +127,50 @@ def teacher_shape(config: ExperimentConfig) -> ModelShape:
         return ModelShape.from_config(
             teacher.pretrain.model_config_dict(vocabulary, config.data.max_length), "pretrain"
         )
-    if teacher.shape is not None:
-        return ModelShape.from_config(teacher.shape, "teacher.shape")
-    file = _config_file(teacher)
+    return _given_shape(teacher, "teacher")
+
+
+def released_shape(config: ExperimentConfig) -> ModelShape:
+    """The released model's shape, from where `teacher_shape` finds the full model's."""
+    assert config.released is not None  # by validation, where the method asks for it
+    return _given_shape(config.released, "released")
+
+
+def _given_shape(given: TeacherConfig | ReleasedConfig, section: str) -> ModelShape:
+    if given.shape is not None:
+        return ModelShape.from_config(given.shape, f"{section}.shape")
+    file = _config_file(given, section)
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"teacher.model = {teacher.model}: its config.json cannot be read ({error})") from error
-    return ModelShape.from_config(values, f"teacher.model = {teacher.model}")
+        raise UserError(f"{section}.model = {given.model}: its config.json cannot be read ({error})") from error
+    return ModelShape.from_config(values, f"{section}.model = {given.model}")
 
 
-def _config_file(teacher: TeacherConfig) -> Path:
-    folder = local_path(str(teacher.model), "teacher.model")
+def _config_file(given: TeacherConfig | ReleasedConfig, section: str) -> Path:
+    folder = local_path(str(given.model), f"{section}.model")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"teacher.model = {folder}: no config.json there; give a transformers model folder")
+            raise UserError(f"{section}.model = {folder}: no config.json there; give a transformers model folder")
         return folder / "config.json"
-    if teacher.revision is None:
-        raise UserError(
-            f"teacher.model = {teacher.model}: no such folder; for a Hub id give `teacher.revision`, a commit"
-        )
+    revision = _revision(given, section)
     from huggingface_hub import hf_hub_download  # only when a Hub model's shape is not in the file
 
     try:
-        return Path(hf_hub_download(str(teacher.model), "config.json", revision=teacher.revision))
+        return Path(hf_hub_download(str(given.model), "config.json", revision=revision))
     except Exception as error:  # any of the Hub client's, urllib's or the file system's errors ends here
         raise UserError(
-            f"teacher.model = {teacher.model}: its config.json is neither cached nor reachable "
-            f"({type(error).__name__}); give its fields under `teacher.shape`"
+            f"{section}.model = {given.model}: its config.json is neither cached nor reachable "
+            f"({type(error).__name__}); give its fields under `{section}.shape`"
         ) from error
+
+
+def _revision(given: TeacherConfig | ReleasedConfig, section: str) -> str:
+    if given.revision is None:
+        raise UserError(
+            f"{section}.model = {given.model}: no such folder; for a Hub id give `{section}.revision`, a commit"
+        )
+    return given.revision
 
 
 def _stages(inputs: Iterable[Input]) -> list[Stage]:
@@ -171,15 +217,17 @@ def _tokenizer(config: ExperimentConfig, files: External | None) -> Input:
         if config.data.source == "toy":
             settings["data"] = {"source": "toy"}
         return Stage("tokenizer", 1, settings, inputs, "pipeline.stages.tokenizer:run", config.data.source)
-    folder = local_path(str(teacher.model), "teacher.model")
+    return _given_model(teacher, "teacher")
+
+
+def _given_model(given: TeacherConfig | ReleasedConfig, name: str) -> Input:
+    """A model in a folder, or the stage of this name that fetches it from the Hub."""
+    folder = local_path(str(given.model), f"{name}.model")
     if folder.is_dir():
-        return External("model", _content(folder, "teacher.model"), None, str(folder))
-    if teacher.revision is None:
-        raise UserError(
-            f"teacher.model = {teacher.model}: no such folder; for a Hub id give `teacher.revision`, a commit"
-        )
-    fetch = {"model": teacher.model, "revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    return Stage("teacher", 1, fetch, {}, "pipeline.stages.teacher:fetch", teacher.label)
+        return External("model", _content(folder, f"{name}.model"), None, str(folder))
+    trusted = isinstance(given, TeacherConfig) and given.trust_remote_code
+    fetch = {"model": given.model, "revision": _revision(given, name), "trust_remote_code": trusted}
+    return Stage(name, 1, fetch, {}, "pipeline.stages.teacher:fetch", given.label)
 
 
 def _data_config(data: DataConfig) -> dict[str, Any]:
@@ -212,12 +260,32 @@ def _prune(teacher: Input, scores: Stage, widths: PrunedWidths, label: str) -> S
     return Stage("prune", 1, settings, {"teacher": teacher, "scores": scores}, "pipeline.stages.prune:run", label)
 
 
-def _distill(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> Stage:
-    settings = identity_config(config.distill)
+def _distill(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> Stage | None:
+    """The training of the method's student, None where it has none."""
+    training = TRAINED_AS.get(config.distill.method)
+    if training is None:
+        return None
+    settings = identity_config(config.distill) | {"method": training, "seed": config.seed}
     settings["loss"] = identity_config(config.distill.effective_loss)
-    settings["seed"] = config.seed
-    label = f"{label}-{config.distill.method}-s{config.seed}"
-    return Stage("distill", 1, settings, inputs, "pipeline.stages.distill:run", label)
+    settings.pop("lora")
+    if training == "lora":
+        settings["lora"] = identity_config(config.distill.effective_lora)
+    return Stage("distill", 1, settings, inputs, "pipeline.stages.distill:run", f"{label}-{training}-s{config.seed}")
+
+
+def _released(config: ExperimentConfig, inputs: dict[str, Input], files: External | None) -> list[Input]:
+    """The stages of a released model: itself, the held-out texts in its tokens, its accuracy and latency."""
+    assert config.released is not None  # by validation
+    model, label = _given_model(config.released, "released"), config.released.label
+    texts = {**inputs, "released": model} | ({} if files is None else {"files": files})
+    texts.pop("teacher")
+    settings = {"data": _data_config(config.data), "samples": config.evaluate.samples}
+    held_out = Stage("held_out", 1, settings, texts, "pipeline.stages.held_out:run", label)
+    judged: dict[str, Input] = {"released": model, "held_out": held_out, "data": inputs["data"]}
+    timed: dict[str, Input] = {"teacher": inputs["teacher"], "released": model}
+    # On tasks, which bring their own texts, it is judged as a full model is.
+    scored = [_evaluate(config, judged, label), *_tasks(config, {"teacher": model}, label)]
+    return [model, held_out, *scored, _benchmark(config, timed, label)]
 
 
 def _evaluate(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> Stage:
@@ -231,7 +299,7 @@ def _evaluate(config: ExperimentConfig, inputs: dict[str, Input], label: str) ->
 def _tasks(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> list[Stage]:
     """The stage of the tasks, if there are any. Which version of a task is meant is said by lm_eval's own version, and
     for tasks in files by their content."""
-    asked = config.evaluate
+    asked, released = config.evaluate, config.distill.method == "released"
     if not asked.tasks:
         return []
     folder, data = _folder(asked.task_path, "evaluate.task_path"), _folder(asked.task_data, "evaluate.task_data")
@@ -240,8 +308,8 @@ def _tasks(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> li
     settings |= {
         "tasks": sorted(asked.tasks),
         "dtype": asked.dtype,
-        "system": SYSTEM[config.distill.method],
-        "template": config.data.chat_template if asked.chat_template else None,
+        "system": "full" if released else SYSTEM[config.distill.method],
+        "template": config.data.chat_template if asked.chat_template and not released else None,
         "lm_eval": metadata.version("lm_eval"),
         "shipped": _content(SHIPPED, "evaluate.tasks")
         if any(known.folder == SHIPPED for known in found.values())
@@ -256,6 +324,7 @@ def _tasks(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> li
 def _student_reading(config: ExperimentConfig) -> dict[str, int | str]:
     """How the student decodes: what a method does not have is not part of what it is."""
     method = config.distill.method
+    alone = SYSTEM[method] != "overfill"
     if config.evaluate.weights == "int8" and (
         config.resources.evaluate.gpus_per_worker or config.resources.benchmark.gpus_per_worker
     ):
@@ -264,8 +333,8 @@ def _student_reading(config: ExperimentConfig) -> dict[str, int | str]:
             "set their gpus_per_worker to 0"
         )
     return {
-        "refresh": dial(config.evaluate.refresh) if method == "overfill" else NONE,
-        "weights": config.evaluate.weights if method != "full" else "stored",
+        "refresh": NONE if alone else EXACT if method == "assisted" else dial(config.evaluate.refresh),
+        "weights": "stored" if method in WITHOUT_STUDENT else config.evaluate.weights,
     }
 
 

@@ -26,8 +26,13 @@ class Look:
 LOOKS = {
     "full": Look("full model", "*", ":", pruned=False),
     "overfill": Look("OverFill", "o", "-", colour="#0072B2"),
+    "assisted": Look("assisted generation", "P", ":", 1.0, "#56B4E9"),
     "pruned": Look("pruned only", "s", "--", 0.5, "#D55E00"),
+    "lora": Look("pruned, LoRA", "D", "--", -1.0, "#E69F00"),
+    "untrained": Look("pruned, untrained", "v", ":", 0.5, "#CC79A7"),
+    "untrained-overfill": Look("OverFill, untrained", "<", ":", colour="#F0E442"),
     "scratch": Look("from scratch", "^", "-.", -0.5, "#009E73"),
+    "released": Look("released model", "X", "-.", colour="#000000", pruned=False),
 }
 METHODS = tuple(LOOKS)
 METHOD_NAMES = {method: look.name for method, look in LOOKS.items()}

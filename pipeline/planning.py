@@ -38,25 +38,25 @@ def print_plan(experiment: Experiment, store: Store, console: Console) -> None:
 
 def _student_table(experiment: Experiment) -> Table:
     table = _table("Students", "teacher", "ratio", "parameters", "kept", "hidden", "intermediate", "methods")
-    students: dict[tuple[str, ModelShape, PrunedWidths | None], list[str]] = {}
+    students: dict[tuple[str, ModelShape, ModelShape, PrunedWidths | None], list[str]] = {}
     for cell in experiment.cells:
-        methods = students.setdefault((cell.teacher, cell.shape, cell.widths), [])
+        methods = students.setdefault((cell.teacher, cell.shape, cell.decodes, cell.widths), [])
         methods += [] if cell.method in methods else [cell.method]
-    for (teacher, shape, widths), methods in students.items():
-        table.add_row(Text(teacher), *_student_row(shape, widths), ", ".join(methods))
+    for (teacher, full, decodes, widths), methods in students.items():
+        table.add_row(Text(teacher), *_student_row(full, decodes, widths), ", ".join(methods))
     return table
 
 
-def _student_row(shape: ModelShape, widths: PrunedWidths | None) -> list[str]:
-    if widths is None:
-        return [NOTHING, count(shape.parameters()), "100%", str(shape.hidden), str(shape.intermediate)]
-    student = shape.pruned(widths.hidden, widths.intermediate).parameters()
+def _student_row(full: ModelShape, decodes: ModelShape, widths: PrunedWidths | None) -> list[str]:
+    def removed(share: float | None) -> str:
+        return "" if share is None else f" (-{share:.1%})"
+
     return [
-        ratio_label(widths),
-        count(student),
-        f"{student / shape.parameters():.1%}",
-        f"{widths.hidden} (-{widths.hidden_effective:.1%})",
-        f"{widths.intermediate} (-{widths.intermediate_effective:.1%})",
+        NOTHING if widths is None else ratio_label(widths),
+        count(decodes.parameters()),
+        "100%" if decodes == full else f"{decodes.parameters() / full.parameters():.1%}",
+        f"{decodes.hidden}{removed(widths and widths.hidden_effective)}",
+        f"{decodes.intermediate}{removed(widths and widths.intermediate_effective)}",
     ]
 
 

@@ -162,7 +162,7 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, Group]]) -> None:
         if group.method == "full" or group.quality is None or _has_labelled_twin(tpot, group, points):
             continue
         axes.annotate(
-            f"{group.ratio:g}" + (f" {group.variant}" if group.variant else ""),
+            " ".join(filter(None, [f"{group.ratio:g}" if group.is_pruned else "", group.variant])),
             (tpot, 100 * group.quality.value),
             xytext=(7, 4),
             textcoords="offset points",

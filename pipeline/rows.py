@@ -15,6 +15,7 @@ from overfill.dial import NONE
 from overfill.errors import UserError
 from overfill.shapes import ModelShape
 from overfill.workload import EXACT, REFRESH
+from pipeline.config_io import is_under
 from pipeline.curves import Curve
 from pipeline.fingerprint import digest_once
 from pipeline.graph import SYSTEM, ratio_label
@@ -86,16 +87,15 @@ def _latency(own: Mapping[str, Any], full: Mapping[str, Any]) -> Row:
 
 
 def variant(cell: Cell) -> str:
-    """What teacher, ratio and method do not tell: `h0.3-i0.6` for two different widths, `learning_rate=0.001`."""
-    told = ("teacher", "prune", "distill.method")
-    other = {path: value for path, value in cell.axes.items() if not any(_under(path, name) for name in told)}
+    """What teacher, ratio and method do not tell: `h0.3-i0.6` for two different widths, `learning_rate=0.001`, and the
+    name of a released model."""
+    told = ("teacher", "prune", "distill.method", "released")
+    other = {path: value for path, value in cell.axes.items() if not any(is_under(path, name) for name in told)}
     parts = [f"{path.rsplit('.', 1)[-1]}={_plain(value)}" for path, value in sorted(other.items())]
+    if cell.method == "released" and cell.config.released is not None:
+        parts = [cell.config.released.label, *parts]
     label = "" if cell.widths is None else ratio_label(cell.widths)
     return " ".join([label, *parts] if label.startswith("h") else parts)
-
-
-def _under(path: str, section: str) -> bool:
-    return path == section or path.startswith(section + ".")
 
 
 def _plain(value: Any) -> str:
@@ -158,10 +158,11 @@ def _parameters(cell: Cell, store: Store) -> dict[str, float | int | None]:
 
     Read from the models in the store; before they are there, from the cell's planned shapes."""
     full = model_shape(_teacher_folder(cell, store)) or cell.shape
-    own = full
+    planned = cell.decodes if cell.method == "released" else full
     if cell.widths is not None:
-        student = payload_of(cell, store, "distill") or payload_of(cell, store, "prune")
-        own = model_shape(student) or full.pruned(cell.widths.hidden, cell.widths.intermediate)
+        planned = full.pruned(cell.widths.hidden, cell.widths.intermediate)
+    made = (payload_of(cell, store, name) for name in ("distill", "prune", "released"))
+    own = model_shape(next(filter(None, made), None)) or planned
     kept = own.parameters() / full.parameters()
     return {
         "parameters": own.parameters(),

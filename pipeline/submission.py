@@ -140,20 +140,23 @@ def _store(given: str | None, cluster: ClusterFile | None) -> str:
 def _check_paths(config: ExperimentConfig, file: str) -> None:
     """Raises UserError for a path that means something on this machine only."""
     places = [("data.path", config.data.path)]
-    model = config.teacher.model
-    if model is not None and (model.startswith((".", "~")) or Path(model).is_dir()):
-        places.append(("teacher.model", model))
+    models = {"teacher": config.teacher} | ({} if config.released is None else {"released": config.released})
+    for section, given in models.items():
+        if given.model is not None and (given.model.startswith((".", "~")) or Path(given.model).is_dir()):
+            places.append((f"{section}.model", given.model))
     for field, path in places:
         if path is not None and not path.startswith("/"):
             raise UserError(
                 f"{file}: {field} = {path}: this path is of this machine, the cluster has no such; put the files where "
                 f"every node sees them and give that absolute path, with --set {field}=/..."
             )
-    if model is not None and model.startswith("/") and not Path(model).is_dir() and config.teacher.shape is None:
-        raise UserError(
-            f"{file}: teacher.model = {model}: not on this machine, so its shape is not known here; give the fields of "
-            "its config.json under `teacher.shape`"
-        )
+    for section, given in models.items():
+        model = given.model
+        if model is not None and model.startswith("/") and not Path(model).is_dir() and given.shape is None:
+            raise UserError(
+                f"{file}: {section}.model = {model}: not on this machine, so its shape is not known here; give the fields "
+                f"of its config.json under `{section}.shape`"
+            )
 
 
 def job_name(name: str, cells: Sequence[Cell], store: str) -> str:

@@ -72,21 +72,21 @@ def end_time(view: CellView) -> float | None:
 
 def parameters(cell: Cell) -> dict[str, float | int | str]:
     """The cell's parameters: all known before it runs, so that they are there from the first moment."""
-    distill, widths = cell.config.distill, cell.widths
+    distill = cell.config.distill
     values: dict[str, float | int | str | None] = {
         "method": cell.method,
         "ratio": cell.ratio,
-        "hidden": cell.shape.hidden if widths is None else widths.hidden,
-        "intermediate": cell.shape.intermediate if widths is None else widths.intermediate,
+        "hidden": cell.decodes.hidden,
+        "intermediate": cell.decodes.intermediate,
         "teacher_hidden": cell.shape.hidden,
         "teacher_intermediate": cell.shape.intermediate,
-        "layers": cell.shape.layers,
+        "layers": cell.decodes.layers,
         "seed": cell.seed,
     }
-    if widths is not None:
+    if cell.stage(CELL_STAGE) is not None:
         loss = distill.effective_loss
         values |= {
-            "learning_rate": distill.learning_rate,
+            "learning_rate": distill.effective_learning_rate,
             "tokens": distill.tokens,
             "batch_tokens": distill.batch_tokens,
             "loss_kl": loss.kl,

@@ -22,9 +22,9 @@ from pipeline.watch import METRICS_FILE
 SAMPLES = 200
 ANSWERS = {True: "4", False: "5"}
 """What a model wrote where it was right, and where it was wrong."""
-TPOT = {"full": 0.004, "overfill": 0.001, "student": 0.00095}
-PEAK = {"full": 4_000_000, "overfill": 5_000_000, "student": 1_000_000}
-TTFT = {"full": 0.040, "overfill": 0.041, "student": 0.012}
+TPOT = {"full": 0.004, "overfill": 0.001, "student": 0.00095, "exact": 0.002}
+PEAK = {"full": 4_000_000, "overfill": 5_000_000, "student": 1_000_000, "exact": 5_000_000}
+TTFT = {"full": 0.040, "overfill": 0.041, "student": 0.012, "exact": 0.042}
 
 
 def toy_cells(
@@ -92,7 +92,7 @@ def outcomes(right: int, samples: int = SAMPLES) -> np.ndarray:
 
 
 def _write(stage: Stage, cell: Cell, folder: Path, correct: np.ndarray) -> dict[str, float | int | str]:
-    if stage.name in ("teacher", "prune", "distill"):
+    if stage.name in ("teacher", "prune", "distill", "released"):
         return _write_model(stage, cell, folder)
     if stage.name == "evaluate":
         return _write_evaluation(folder, correct)
@@ -105,9 +105,12 @@ def _write(stage: Stage, cell: Cell, folder: Path, correct: np.ndarray) -> dict[
 def _write_model(stage: Stage, cell: Cell, folder: Path) -> dict[str, float | int | str]:
     assert cell.config.teacher.pretrain is not None
     config = cell.config.teacher.pretrain.model_config_dict(vocabulary=40, max_positions=128)
-    if stage.name != "teacher":
+    if stage.name in ("prune", "distill"):
         assert cell.widths is not None
         config |= {"hidden_size": cell.widths.hidden, "intermediate_size": cell.widths.intermediate}
+    if stage.name == "released":
+        assert cell.config.released is not None
+        config = cell.config.released.shape
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(config))
     return {"train/loss": 1.0} if stage.name == "distill" else {}
@@ -140,7 +143,9 @@ def _write_evaluation(folder: Path, correct: np.ndarray) -> dict[str, float | in
 
 
 def _write_latency(stage: Stage, folder: Path) -> dict[str, float | int | str]:
-    systems = ("full", "student", "overfill") if "student" in stage.inputs else ("full",)
+    systems = ["full", *(["student"] if stage.inputs.keys() & {"student", "released"} else [])]
+    systems += ["overfill"] if "student" in stage.inputs else []
+    systems += ["exact"] if stage.config["refresh"] == "exact" else []
     rows = [
         {"system": system, "batch": batch, "prompt": 128, "output": 32, "ttft_s": TTFT[system]}
         | {"tpot_s": TPOT[system] * batch, "tokens_per_s": 1 / TPOT[system], "peak_bytes": PEAK[system]}

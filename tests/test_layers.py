@@ -19,6 +19,7 @@ ALLOWED = {
     "deepspeed": ("pipeline/training/engine.py",),
     "mlflow": ("pipeline/tracking_server.py",),
     "lm_eval": ("pipeline/harness/",),
+    "peft": ("overfill/lora.py",),
     "yaml": ("pipeline/config_io.py",),
 }
 """Library -> the files and folders that may import it, at module level or inside a function."""

@@ -107,33 +107,32 @@ class ChatEncoder:
         self.end_of_turn = end_of_turn_token(tokenizer)
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[list[Sample | RowError]]:
-        """For each conversation, one sample or one reason for each of its assistant turns."""
-        jobs: list[tuple[int, str, str]] = []
+        """For each conversation, one sample or one reason for each of its assistant turns, in their order."""
+        turns = [
+            (number, self._prompt(conversation[:turn], message), message["content"])
+            for number, conversation in enumerate(conversations)
+            for turn, message in enumerate(conversation)
+            if message["role"] == "assistant"
+        ]
+        texts = [(prompt, answer) for _, prompt, answer in turns if not isinstance(prompt, RowError)]
+        ids = zip(self._ids([prompt for prompt, _ in texts]), self._ids([answer for _, answer in texts]), strict=True)
         results: list[list[Sample | RowError]] = [[] for _ in conversations]
-        for number, conversation in enumerate(conversations):
-            for turn, message in enumerate(conversation):
-                if message["role"] != "assistant":
-                    continue
-                prompt = self._render(conversation[:turn], message)
-                if isinstance(prompt, RowError):
-                    results[number].append(prompt)
-                elif (length := len(prompt) + len(message["content"])) > self.max_length * _CHARACTERS:
-                    # Tokenising ten megabytes only to leave them out would take half a minute.
-                    reason = f"{length:,} characters; data.max_length is {self.max_length} tokens"
-                    results[number].append(RowError("too_long", reason))
-                else:
-                    jobs.append((number, prompt, message["content"]))
-        prompts, responses = self._ids([job[1] for job in jobs]), self._ids([job[2] for job in jobs])
-        for (number, _, reference), prompt_ids, response_ids in zip(jobs, prompts, responses, strict=True):
-            results[number].append(self._sample(prompt_ids, response_ids, reference))
+        for number, prompt, reference in turns:
+            results[number].append(
+                prompt if isinstance(prompt, RowError) else self._sample(*next(ids), reference=reference)
+            )
         return results
 
-    def _render(self, before: Sequence[Message], answer: Message) -> str | RowError:
+    def _prompt(self, before: Sequence[Message], answer: Message) -> str | RowError:
         if not answer["content"]:
             return RowError("empty", "an assistant turn without text")
         if not any(message["content"] for message in before if message["role"] != "system"):
             return RowError("empty", "nothing but empty turns before the answer")
-        return render(self.tokenizer, before)
+        prompt = render(self.tokenizer, before)
+        if isinstance(prompt, str) and (length := len(prompt) + len(answer["content"])) > self.max_length * _CHARACTERS:
+            # Tokenising ten megabytes only to leave them out would take half a minute.
+            return RowError("too_long", f"{length:,} characters; data.max_length is {self.max_length} tokens")
+        return prompt
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # The template writes special tokens itself, so none are added.

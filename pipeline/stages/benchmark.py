@@ -1,4 +1,7 @@
-"""The latency stage: full model, student alone and OverFill in one process, alternating. See `overfill.benchmark`."""
+"""The latency stage: full model, student alone and OverFill in one process, alternating. See `overfill.benchmark`.
+
+A released model stands in the student's place, alone. Its tokens are its own: prompts and outputs of the grid are as
+many of them, and may be more or less text."""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def measure(run: StageRun) -> Metrics:
     from overfill.benchmark import measure_systems
 
     settings = BenchmarkConfig.model_validate({k: v for k, v in run.config.items() if k not in (*_CONTEXT, *_READING)})
-    student = run.inputs.get("student")
+    student, released = run.inputs.get("student"), run.inputs.get("released")
     rows = measure_systems(
         model_folder(run.inputs["teacher"]),
         None if student is None else model_folder(student),
@@ -42,6 +45,7 @@ def measure(run: StageRun) -> Metrics:
         refresh=run.config["refresh"],
         weights=run.config["weights"],
         texts=_held_out_prompts(run),
+        released=None if released is None else model_folder(released),
     )
     content = {"rows": rows, **{key: run.config[key] for key in _CONTEXT}}
     (run.staging / "latency.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
-"""The teacher stage: a full model from the Hub at a pinned commit, or one trained from scratch on the corpus."""
+"""The teacher stage: a full model from the Hub at a pinned commit, or one trained from scratch on the corpus. A released
+model to compare with is fetched alike."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def fetch(run: StageRun) -> Metrics:
         snapshot_download(model, revision=revision, local_dir=folder, allow_patterns=[*HUB_FILES, *code])
     except Exception as error:  # the Hub client's own errors, requests' and the file system's all end here
         raise UserError(
-            f"teacher.model = {model} at {revision}: cannot be fetched ({type(error).__name__}: "
+            f"{run.stage.name}.model = {model} at {revision}: cannot be fetched ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:160]}); check the id, the revision and HF_TOKEN, or give a local folder"
         ) from error
-    return {"teacher/digest": weights_digest(folder)}
+    return {f"{run.stage.name}/digest": weights_digest(folder)}

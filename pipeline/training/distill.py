@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from overfill.checkpoint import load_full_model, load_student, read_manifest, save_student
-from overfill.distillation import TeacherModel
+from overfill.config import Method
+from overfill.distillation import TeacherModel, TrainingMethod
 from overfill.importance import ImportanceScores
 from overfill.surgery import random_student, read_config
 from pipeline.config import StageResources
@@ -23,6 +24,14 @@ from pipeline.training.engine import frozen_engine
 from pipeline.training.objective import FullModel, Objective
 from pipeline.training.resources import stage_resources
 from pipeline.training.session import Services
+
+OBJECTIVES: dict[Method, TrainingMethod] = {
+    "overfill": "overfill",
+    "pruned": "pruned",
+    "scratch": "scratch",
+    "lora": "pruned",
+}
+"""What the student of a method reads and predicts."""
 
 
 def train_student(run: StageRun) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def train_in(run: StageRun, resources: StageResources, place: Place, services: S
     student = _student(run, config, seed)
     objective = _objective(run, config, place)
     learner = Learner(
-        config=config,
+        config=config.model_copy(update={"learning_rate": config.effective_learning_rate}),
         seed=seed,
         model=student,
         objective=objective,
@@ -51,21 +60,25 @@ def train_in(run: StageRun, resources: StageResources, place: Place, services: S
 
 
 def _student(run: StageRun, config: DistillConfig, seed: int) -> PreTrainedModel:
-    """The cut student, or for `scratch` one of its shape with random weights."""
+    """The cut student, with adapters on it for `lora`; for `scratch` one of its shape with random weights."""
     folder, dtype = model_folder(run.inputs["student"]), DTYPES[config.dtype]
     if config.method == "scratch":
         full_config = read_config(model_folder(run.inputs["teacher"]))
         return random_student(full_config, read_manifest(folder).widths, seed, dtype)
-    return load_student(folder, dtype=dtype)
+    student = load_student(folder, dtype=dtype)
+    if config.method == "lora":
+        from overfill.lora import add_adapters  # loads peft, for this method alone
+
+        add_adapters(student, config.effective_lora, seed)
+    return student
 
 
 def _objective(run: StageRun, config: DistillConfig, place: Place) -> Objective:
-    assert config.method != "full"
     loss = config.effective_loss
     moments = None
     if loss.kv > 0:
         moments = ImportanceScores.load(run.inputs["scores"] / SCORES_FILE).kv_second_moment.to(place.device)
-    return Objective(method=config.method, loss=loss, kv_second_moment=moments)
+    return Objective(method=OBJECTIVES[config.method], loss=loss, kv_second_moment=moments)
 
 
 def _full_model(
@@ -85,6 +98,10 @@ def _save(run: StageRun, config: DistillConfig, student: PreTrainedModel, weight
     changes: dict[str, Any] = {"method": config.method}
     if config.method == "scratch":
         changes |= {"kept_hidden": None, "kept_intermediate": None}
+    if config.method == "lora":
+        from overfill.lora import merged
+
+        weights = merged(weights, config.effective_lora)
     save_student(
         student,
         run.staging / "model",

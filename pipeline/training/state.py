@@ -1,4 +1,4 @@
-"""Saving and restoring the state of training: weights, moments, position, random generators.
+"""Saving and restoring the state of training: trained weights, moments, position, random generators.
 
 The tensors are whole and by name (`engine.StudentEngine.read`), each written by one rank: parameters are dealt to ranks
 by size, so that ranks write in parallel and none holds more than its part. A run may therefore resume on another
@@ -52,10 +52,12 @@ def save(engine: StudentEngine, root: Path, position: Position, place: Place, ke
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Set the weights of a module that is not in an engine yet."""
+    """Set the trained weights of a module that is not in an engine yet. Frozen ones are not in a checkpoint: they are
+    what the run was given."""
     with torch.no_grad(), SavedTensors(folder) as saved:
         for name, parameter in module.named_parameters():
-            parameter.copy_(saved.read(f"{WEIGHT}/{name}"))
+            if parameter.requires_grad:
+                parameter.copy_(saved.read(f"{WEIGHT}/{name}"))
 
 
 def restore(engine: StudentEngine, folder: Path, place: Place) -> Position:

@@ -12,20 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly, tiny_model
 
 from overfill.batch import PromptResponseBatch
 from overfill.checkpoint import load_full_model, load_student, read_manifest
 from overfill.distillation import DistillationModel, teacher_pass
 from overfill.importance import ImportanceScores
+from overfill.lora import add_adapters
 from pipeline.config_training import DistillConfig, TrainingConfig
 from pipeline.corpus.order import BatchOrder, sequences_per_batch
 from pipeline.corpus.shards import TokenShards
 from pipeline.stage import StageRun
 from pipeline.training import checkpoints
 from pipeline.training.deepspeed_config import EngineSettings
+from pipeline.training.distill import OBJECTIVES
 from pipeline.training.distributed import Place
-from pipeline.training.engine import WEIGHT, StudentEngine
+from pipeline.training.engine import KINDS, WEIGHT, StudentEngine
 from pipeline.training.failures import NodeReclaimed
 from pipeline.training.schedule import learning_rate
 from pipeline.training.session import Services, steps_root
@@ -56,21 +60,26 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
 def by_hand(run: StageRun) -> dict[str, torch.Tensor]:
     """The same training with torch alone: one batch without padding slots, its mean loss over tokens, AdamW."""
     config = DistillConfig.model_validate({key: value for key, value in run.config.items() if key != "seed"})
+    config = config.model_copy(update={"learning_rate": config.effective_learning_rate})
     loss = config.effective_loss
     shards = TokenShards.open(run.inputs["data"] / "train")
     sequences = sequences_per_batch(config.batch_tokens, shards.lengths)
     order = BatchOrder(shards.prompt_lengths, shards.response_lengths, sequences, run.config["seed"])
     full = load_full_model(run.inputs["teacher"] / "model")
-    model = DistillationModel(load_student(run.inputs["student"] / "model").train())
+    student = load_student(run.inputs["student"] / "model").train()
+    if config.method == "lora":
+        add_adapters(student, config.effective_lora, run.config["seed"])
+    model = DistillationModel(student)
     moments = ImportanceScores.load(run.inputs["scores"] / "scores.safetensors").kv_second_moment
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
+    method = OBJECTIVES[config.method]
     for step in range(config.steps):
         rows = [(row.prompt.copy(), row.response.copy()) for row in shards.read(order.batch(step))]
         batch = PromptResponseBatch.collate(rows, pad_id=0)
-        terms = model(batch, teacher_pass(full, batch), full.get_output_embeddings(), config.method, loss, moments, 1)
+        terms = model(batch, teacher_pass(full, batch), full.get_output_embeddings(), method, loss, moments, 1)
         total, count = terms["loss"]
         adamw.zero_grad()
         (total / count).backward()
@@ -78,7 +87,12 @@ def by_hand(run: StageRun) -> dict[str, torch.Tensor]:
         for group in adamw.param_groups:
             group["lr"] = learning_rate(config, step, config.steps)
         adamw.step()
-    return dict(model.student.named_parameters())
+    if config.method == "lora":
+        for module in student.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+        return {name.replace(".base_layer", ""): p for name, p in student.named_parameters() if ".lora_" not in name}
+    return dict(student.named_parameters())
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -97,6 +111,44 @@ def test_methods_without_the_full_models_cache_train_on_the_whole_response(
     run = distill_run(tmp_path, inputs, method="pruned", loss={"kl": 1.0, "ce": 0.5})
     train(run, one_worker)
     assert_same(weights(run), by_hand(run), tolerance=2e-5)
+
+
+LORA = {"method": "lora", "lora": {"rank": 2, "alpha": 6.0, "learning_rate": 2e-2}}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_lora_trains_the_adapters_alone_and_merges_them_into_a_plain_student(
+    zero_stage: int, tmp_path: Path, inputs: dict[str, Path], one_worker: Place
+) -> None:
+    run = distill_run(tmp_path, inputs, resources={"zero_stage": zero_stage}, **LORA)
+    train(run, one_worker)
+    assert_same(weights(run), by_hand(run), tolerance=2e-5)
+    before = dict(load_student(inputs["student"] / "model").named_parameters())
+    moved = {name for name, tensor in weights(run).items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if name.endswith("_proj.weight")}
+    assert read_manifest(run.staging / "model").method == "lora"
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_a_resumed_lora_run_ends_bit_for_bit_from_checkpoints_of_the_adapters(
+    zero_stage: int, dtype: str, tmp_path: Path, inputs: dict[str, Path], one_worker: Place
+) -> None:
+    resources = {"zero_stage": zero_stage, "checkpoint_every": 3}
+    settings: dict[str, Any] = {"resources": resources, "dtype": dtype, "tokens": 8 * 60, **LORA}
+    settings["lora"] = {"rank": 2, "targets": ["q_proj", "down_proj"]}
+    unbroken = distill_run(tmp_path / "unbroken", inputs, **settings)
+    train(unbroken, one_worker)
+    broken = distill_run(tmp_path / "broken", inputs, **settings)
+    with pytest.raises(Interrupted):
+        train(broken, one_worker, dataclasses.replace(WITHOUT_RAY, stream=killed_before(5)))
+    (file,) = [folder / "rank-00000.safetensors" for folder in steps_root(broken).glob("step-*")]
+    with safe_open(file, "pt") as saved:
+        kept = {name for name in saved.keys() if not name.startswith("random/")}  # noqa: SIM118 - not a dict
+    adapters = {f"student.model.layers.{layer}.{part}.lora_{side}.default.weight" for layer in (0, 1) for side in "AB"
+                for part in ("self_attn.q_proj", "mlp.down_proj")}  # fmt: skip
+    assert kept == {f"{kind}/{name}" for kind in KINDS for name in adapters}
+    train(broken, one_worker)
+    assert_same(weights(broken), weights(unbroken))
 
 
 def test_a_step_with_more_micro_batches_and_activation_checkpointing_learns_the_same(
