@@ -137,7 +137,7 @@ def _told_to_end(target: Target, tell: Callable[[], object]) -> str | None:
     if code is None:
         target.problems.append(f"the driver did not end within {GRACE_S:.0f} s")
         driver.kill_all()
-    elif code in (0, 2):
+    elif code == 2 or (code == 0 and not all(map(target.place.finished, STAGES))):
         target.problems.append(f"a driver that was told to end ended with code {code}")
     if "Traceback (most recent call last)" in driver.text():
         target.problems.append(f"a traceback in {driver.output.name}")
