@@ -19,6 +19,7 @@ from pipeline.config_io import is_under
 from pipeline.curves import Curve
 from pipeline.fingerprint import digest_once
 from pipeline.graph import SYSTEM, ratio_label
+from pipeline.harness.results import TaskMetric, primary_metrics
 from pipeline.stage import External
 from pipeline.stages.folders import model_folder
 from pipeline.store import AlteredArtifact
@@ -56,6 +57,7 @@ def row(cell: Cell, store: Store) -> Row:
         "parameters_kept": shape["kept"],
         "parameters_full": shape["full"],
         **_accuracy(_metrics(cell, store, "evaluate")),
+        "tasks": {name: _task(metric) for name, metric in primary_metrics(cell, store).items()},
         **_latency(latency_row(cell, store, latency_system(cell)), latency_row(cell, store, "full")),
         "train_tokens": _train_tokens(cell, store),
         "train_s": _train_seconds(cell, store),
@@ -74,6 +76,11 @@ def _accuracy(metrics: Mapping[str, Any]) -> Row:
         "response_nll": metrics.get("eval/response_nll"),
         "agreement": metrics.get("eval/agreement"),
     }
+
+
+def _task(metric: TaskMetric) -> Row:
+    names = ("metric", "filter", "value", "stderr", "samples", "higher_is_better")
+    return {name: getattr(metric, name) for name in names}
 
 
 def _latency(own: Mapping[str, Any], full: Mapping[str, Any]) -> Row:

@@ -1,10 +1,14 @@
-"""The samples behind the numbers: every cell's score on every sample of every task, read from the store."""
+"""The samples behind the numbers: every cell's score on every sample of every task, read from the store.
+
+A task whose score is no number per sample (perplexity, BLEU over a corpus) has nothing to pair or to resample: it is in
+the rows, and in no comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from pipeline.harness.results import task_scores
 from pipeline.resampling import Scores
 from pipeline.rows import file_of
 
@@ -23,8 +27,12 @@ def read_scores(cells: Iterable[Cell], store: Store) -> dict[str, dict[str, Scor
     """The scores of every cell that is evaluated."""
     found: dict[str, dict[str, Scores]] = {}
     for cell in cells:
-        if cell.identity not in found and (own := _held_out(cell, store)) is not None:
-            found[cell.identity] = {HELD_OUT: own}
+        if cell.identity in found:
+            continue
+        held_out = _held_out(cell, store)
+        own: dict[str, Scores] = {**({} if held_out is None else {HELD_OUT: held_out}), **task_scores(cell, store)}
+        if own:
+            found[cell.identity] = own
     return found
 
 

@@ -13,6 +13,8 @@ import pyarrow.parquet as parquet
 
 from pipeline.build import Build
 from pipeline.config import ExperimentConfig
+from pipeline.harness.results import Metrics as TaskMetrics
+from pipeline.harness.results import Named, Scored, TaskResult
 from pipeline.stage import Stage
 from pipeline.statistics import wilson
 from pipeline.store import Store
@@ -96,6 +98,8 @@ def _write(stage: Stage, cell: Cell, folder: Path, correct: np.ndarray) -> dict[
         return _write_model(stage, cell, folder)
     if stage.name == "evaluate":
         return _write_evaluation(folder, correct)
+    if stage.name == "tasks":
+        return _write_tasks(stage, folder, correct)
     if stage.name == "benchmark":
         return _write_latency(stage, folder)
     (folder / "note.txt").write_text(stage.name)
@@ -140,6 +144,30 @@ def _write_evaluation(folder: Path, correct: np.ndarray) -> dict[str, float | in
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return metrics
+
+
+def _write_tasks(stage: Stage, folder: Path, correct: np.ndarray) -> dict[str, float | int | str]:
+    """Of every task all samples as judged, but each task after the first has half of the right ones; the last one's
+    metric is no number per sample."""
+    names: list[str] = list(stage.config["tasks"])
+    rows: list[dict[str, Any]] = []
+    results: dict[str, TaskResult] = {}
+    for place, name in enumerate(names):
+        right = correct & (np.arange(len(correct)) % (1 + min(place, 1)) == 0)
+        scored = name != names[-1] or len(names) == 1
+        metric, value = ("exact_match", float(right.mean())) if scored else ("perplexity", 3.5)
+        own = Scored(metric=metric, filter="none", value=value, stderr=None, higher_is_better=scored)
+        results[name] = TaskResult(
+            version="1", num_fewshot=0, samples=len(right), truncated=0, is_group=False, metrics=[own]
+        )
+        for sample, is_right in enumerate(right):
+            score = float(is_right) if scored else None
+            text = {"prompt": f"{name}?", "target": "4", "response": ANSWERS[bool(is_right)]}
+            rows.append({"task": name, "sample": sample, "filter": "none", "score": score, **text})
+    parquet.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
+    metrics = TaskMetrics(tasks=results, named={name: Named(results=[name], tasks=[name]) for name in names})
+    (folder / "metrics.json").write_text(metrics.model_dump_json())
+    return {f"eval/{name}/{result.metrics[0].metric}": result.metrics[0].value for name, result in results.items()}
 
 
 def _write_latency(stage: Stage, folder: Path) -> dict[str, float | int | str]:

@@ -208,3 +208,12 @@ print(*({"torch", "ray", "pandas", "matplotlib", "mlflow", "scipy", "transformer
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path})
     assert done.stdout.strip() == ""
+
+
+def test_samples_of_tasks_stand_side_by_side_too(synthetic: SyntheticStore) -> None:
+    text = page_of(finished(synthetic, evaluate={"tasks": ["toy_add", "toy_get", "toy_sort"]}), synthetic)
+    parsed(text)
+    titles = re.findall(r"<summary>(.*?)</summary>", text)
+    assert titles[:3] == ["small, ratio 0.5", "small, ratio 0.5: toy_add", "small, ratio 0.5: toy_get"]
+    assert "<pre>toy_add?</pre>" in text
+    assert "average over 2 tasks over TPOT" in text

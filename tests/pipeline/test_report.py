@@ -357,3 +357,54 @@ def test_benchmarks_on_a_machine_whose_speed_drifted_are_called_so(synthetic: Sy
         TPOT.update(TPOT_BEFORE)
     text = markdown(make_report("toy", "", cells, synthetic.store))
     assert "the full model itself took 4.00 ms to 6.00 ms per token in the benchmarks" in text
+
+
+TASKS = {"tasks": ["toy_add", "toy_get", "toy_sort"]}
+
+
+def test_tasks_rank_configurations_by_their_average_and_each_is_compared(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"), evaluate=TASKS)
+    for cell in cells:
+        synthetic.finish(cell, outcomes({"full": 160, "overfill": 156, "pruned": 80}[cell.method]))
+    report = make_report("toy", "", cells, synthetic.store)
+    overfill = next(group for group in report.groups if group.method == "overfill")
+    assert overfill.quality_tasks == ("toy_add", "toy_get")  # the perplexity of the third is no score of samples
+    assert overfill.average is not None
+    assert overfill.average.value == pytest.approx((156 / 200 + 78 / 200) / 2)
+    assert overfill.unpaired == {"toy_sort perplexity": 3.5}
+    duel = report.duels[0]
+    assert set(duel.tasks) == {"toy_add", "toy_get"}
+    assert duel.tasks["toy_add"].difference.value == pytest.approx(76 / 200)
+    assert duel.comparison.difference.value == pytest.approx((76 / 200 + 38 / 200) / 2)
+    assert report.improvement is not None
+    assert report.improvement.relative.value == pytest.approx((156 / 80 + 78 / 40) / 2 - 1)
+    assert (report.improvement.tasks, report.improvement.configurations) == (2, 1)
+
+
+def test_tasks_have_columns_an_average_and_lines_of_their_own(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill", "pruned"), evaluate=TASKS)
+    for cell in cells:
+        synthetic.finish(cell, outcomes({"full": 160, "overfill": 156, "pruned": 80}[cell.method]))
+    report = make_report("toy", "", cells, synthetic.store)
+    text = markdown(report)
+    assert "the fastest that keeps 95% of the full model's average over 2 tasks" in text
+    assert "averaged over tasks: +95.0 % [" in text
+    assert "(2 tasks, 1 configuration)" in text
+    assert "| ratio | method | toy_add % | toy_get % | average % | toy_sort perplexity |" in text
+    assert "| 0.5 | toy_get | 1.95x" in text
+    assert "| 0.5 | average | 1.95x" in text
+    row = json.loads(to_json(report))[1]
+    assert row["tasks"]["toy_add"]["value"] == pytest.approx(0.78)
+    assert row["exact_match"] == pytest.approx(0.78)
+    assert "tasks.toy_sort.value" in to_csv(report).splitlines()[0]
+
+
+def test_a_configuration_without_all_tasks_is_not_ranked_by_the_easy_ones(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("full", "overfill"), evaluate=TASKS)
+    synthetic.finish(cells[0], outcomes(100))
+    evaluate = cells[1].stage("evaluate")
+    assert evaluate is not None
+    synthetic.publish(evaluate, cells[1], outcomes(200))
+    report = make_report("toy", "", cells, synthetic.store)
+    assert [group.quality is None for group in report.groups] == [False, True]
+    assert report.to_ship == {}
