@@ -30,9 +30,9 @@ LOOKS = {
     "pruned": Look("pruned only", "s", "--", 0.5, "#D55E00"),
     "lora": Look("pruned, LoRA", "D", "--", -1.0, "#E69F00"),
     "untrained": Look("pruned, untrained", "v", ":", 0.5, "#CC79A7"),
-    "untrained-overfill": Look("OverFill, untrained", "<", ":", colour="#F0E442"),
+    "untrained-overfill": Look("OverFill, untrained", "<", ":", colour="#B8A000"),
     "scratch": Look("from scratch", "^", "-.", -0.5, "#009E73"),
-    "released": Look("released model", "X", "-.", colour="#000000", pruned=False),
+    "released": Look("released model", "X", "-.", colour="#8C6D46", pruned=False),
 }
 METHODS = tuple(LOOKS)
 METHOD_NAMES = {method: look.name for method, look in LOOKS.items()}

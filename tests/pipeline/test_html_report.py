@@ -217,3 +217,15 @@ def test_samples_of_tasks_stand_side_by_side_too(synthetic: SyntheticStore) -> N
     assert titles[:3] == ["small, ratio 0.5", "small, ratio 0.5: toy_add", "small, ratio 0.5: toy_get"]
     assert "<pre>toy_add?</pre>" in text
     assert "average over 2 tasks over TPOT" in text
+
+
+def test_every_method_that_a_sweep_can_name_is_drawn_and_can_be_switched_off(synthetic: SyntheticStore) -> None:
+    methods = ("full", "overfill", "assisted", "pruned", "lora", "untrained", "untrained-overfill", "scratch")
+    cells = toy_cells(methods=methods)
+    for place, cell in enumerate(cells):
+        synthetic.finish(cell, outcomes(150 - 5 * place))
+    text = page_of(cells, synthetic)
+    parsed(text)
+    for method in methods:
+        assert f'data-hide="method" data-value="{method}"' in text
+        assert f'class="mark m-{method}' in text

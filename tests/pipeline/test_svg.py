@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.svg import HEIGHT, WIDTH, Axis, Chart, Line, Mark, draw, even_ticks, log_ticks
+from pipeline.methods import LOOKS
+from pipeline.svg import HEIGHT, SHAPES, WIDTH, Axis, Chart, Line, Mark, draw, even_ticks, log_ticks
 
 
 def mark(x: float, y: float, label: str = "") -> Mark:
@@ -62,3 +63,9 @@ def test_names_are_escaped() -> None:
         next(node for node in ElementTree.fromstring(svg).iter() if node.get("data-teacher")).get("data-teacher")
         == 'a"b<c'
     )
+
+
+def test_every_method_has_a_shape_and_a_colour_of_its_own() -> None:
+    assert {look.marker for look in LOOKS.values()} <= set(SHAPES)
+    assert len({(look.marker, look.colour) for look in LOOKS.values()}) == len(LOOKS)
+    assert len({look.colour for look in LOOKS.values()}) == len(LOOKS)
