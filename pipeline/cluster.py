@@ -20,8 +20,9 @@ from typing import Any
 
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig, StageResources
-from pipeline.fitting import NodeShape, check_cluster, check_workers, totals
+from pipeline.fitting import NodeShape, check_cluster, check_stage, totals
 from pipeline.machine import usable_cpus
+from pipeline.masking import mask_uri
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Ray's shared memory on a laptop: token blocks are small, and models travel through files."""
@@ -89,18 +90,24 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _start(address: str) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "ignore_reinit_error": True}
     try:
         if address == "local":
             start_local(num_cpus=usable_cpus(), object_store_memory=OBJECT_STORE_BYTES, **options)
         else:
-            import ray
-
             ray.init(address=address, **options)
+    except AuthenticationError as error:
+        raise UserError(
+            f"--address {mask_uri(address)}: the cluster does not accept this token, or asks for one; set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or put its token into ~/.ray/auth_token"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:160]
         raise UserError(
-            f"--address {address}: no Ray cluster there ({reason}); leave it out to run on this machine"
+            f"--address {mask_uri(address)}: no Ray cluster there ({reason}); leave it out to run on this machine"
         ) from error
 
 
@@ -140,13 +147,10 @@ def node_shapes() -> tuple[list[NodeShape], list[NodeShape]]:
 
     now = [NodeShape(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     config = state.get_cluster_config()
-    groups = config.node_group_configs if config is not None else ()
-    later = [
-        NodeShape({kind: float(amount) for kind, amount in group.resources.items()}, group.max_count)
-        if group.max_count >= 0
-        else NodeShape({kind: float(amount) for kind, amount in group.resources.items()}, UNLIMITED_NODES)
-        for group in groups
-    ]
+    later = []
+    for group in config.node_group_configs if config is not None else ():
+        count = group.max_count if group.max_count >= 0 else UNLIMITED_NODES
+        later.append(NodeShape({kind: float(amount) for kind, amount in group.resources.items()}, count))
     return now, later
 
 
@@ -183,10 +187,4 @@ def check_fits(config: ExperimentConfig) -> None:
 
 def check_holds(stage: str, resources: StageResources) -> None:
     """Raises UserError when the connected cluster can never hold the workers of a stage."""
-    now, later = node_shapes()
-    try:
-        check_workers(stage, resources, now)
-    except UserError:
-        if not later:
-            raise
-        check_workers(stage, resources, later)
+    check_stage(stage, resources, *node_shapes())

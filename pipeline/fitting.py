@@ -74,23 +74,29 @@ def totals(nodes: Sequence[NodeShape]) -> dict[str, float]:
 def check_cluster(
     resources: ResourcesConfig, now: Sequence[NodeShape], later: Sequence[NodeShape], memory: Mapping[str, float]
 ) -> None:
-    """Raise UserError for a stage that can never run: neither on the nodes there are, nor on all an autoscaler may add."""
-    try:
-        check_stages(resources, now, memory)
-    except UserError:
-        if not later:
-            raise
-        check_stages(resources, later, memory)
-
-
-def check_stages(resources: ResourcesConfig, nodes: Sequence[NodeShape], memory: Mapping[str, float]) -> None:
-    """Raise UserError for a stage whose workers these nodes can never hold; `memory`: stage -> bytes of a worker."""
+    """Raise UserError for a stage that can never run; `memory`: stage -> bytes of a worker, where that is known."""
     for name in type(resources).model_fields:
         stage = getattr(resources, name)
         if isinstance(stage, StageResources):
-            check_workers(name, stage, nodes)
-            if name in memory:
-                check_memory(name, stage, nodes, memory[name])
+            check_stage(name, stage, now, later, memory.get(name))
+
+
+def check_stage(
+    stage: str,
+    resources: StageResources,
+    now: Sequence[NodeShape],
+    later: Sequence[NodeShape],
+    memory: float | None = None,
+) -> None:
+    """Raise UserError when neither the nodes there are nor all that an autoscaler may start can hold the workers."""
+    try:
+        check_workers(stage, resources, now)
+        check_memory(stage, resources, now, memory or 0.0)
+    except UserError:
+        if not later:
+            raise
+        check_workers(stage, resources, later)
+        check_memory(stage, resources, later, memory or 0.0)
 
 
 def check_workers(stage: str, resources: StageResources, nodes: Sequence[NodeShape]) -> None:

@@ -51,5 +51,7 @@ def test_what_an_autoscaler_may_add_is_asked_when_there_is_not_enough_now():
     check_cluster(wanted, [PLAIN], [PLAIN, L4], {})
     with pytest.raises(UserError, match="the cluster has 0"):
         check_cluster(wanted, [PLAIN], [], {})
+    two = ResourcesConfig(distill=StageResources(gpus_per_worker=1), prune=StageResources(cpus_per_worker=60))
+    check_cluster(two, [PLAIN, NodeShape({"CPU": 64.0})], [L4], {})  # one stage now, the other later
     with pytest.raises(UserError, match="the largest GPU"):
         check_cluster(wanted, [PLAIN], [L4], {"distill": 30 * GIB})
