@@ -11,7 +11,7 @@ from pairs import build, config_of
 from torch import nn
 from transformers import AttentionInterface
 
-from overfill import attention, kernels
+from overfill import attention, fast_linear, kernels
 from overfill.engine import Engine
 from overfill.errors import UserError
 from overfill.fast_linear import FastLinear, Int8Linear, fast_twin, weight_bytes
@@ -27,10 +27,14 @@ def layer(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows", [1, 2, 3, 9, 32, 33])
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 32, 33])
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 1), (48, 17), (1728, 72)])
-def test_products_are_right_for_any_shape(rows: int, inputs: int, outputs: int) -> None:
+def test_products_are_right_for_any_shape(
+    rows: int, inputs: int, outputs: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernels.load()
+    monkeypatch.setattr(fast_linear, "_has_bf16_arithmetic", lambda: native)
     linear, x = layer(inputs, outputs), torch.randn(rows, inputs, dtype=torch.bfloat16)
     expected = F.linear(x.float(), linear.weight.float(), linear.bias.float())
     torch.testing.assert_close(FastLinear(linear)(x).float(), expected, atol=1e-2, rtol=1e-2)
