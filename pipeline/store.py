@@ -306,14 +306,14 @@ def _checked(folder: Path, identity: str, full: bool) -> Record | None:
         problems = record.problems(payload, full)
         if record.identity != identity:
             problems.insert(0, f"its record is that of {record.stage} {record.identity}")
+        if not problems:
+            return record
     except FileNotFoundError as error:
         problems = [f"{Path(error.filename or payload).name} is missing"]
     except ValidationError:
         problems = [f"{RECORD_FILE} is damaged"]
     except OSError as error:
         problems = [f"{RECORD_FILE} cannot be read: {error.strerror}"]
-    if not problems:
-        return record
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     raise AlteredArtifact(
         f"{folder}: this artifact was altered: {problems[0]}{more}; restore its payload, or run again to build it anew"

@@ -71,7 +71,10 @@ def cause_of(error: BaseException) -> Cause:
 def cause_of_all(errors: Iterable[BaseException]) -> Cause:
     """The cause of a failure of several workers together."""
     found = {cause_of(error) for error in errors}
-    return next((cause for cause in ORDER if cause in found), "worker")
+    for cause in ORDER:
+        if cause in found:
+            return cause
+    return "worker"
 
 
 def one_line(error: BaseException) -> str:

@@ -18,13 +18,15 @@ from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly, 
 
 from overfill.batch import PromptResponseBatch
 from overfill.checkpoint import load_full_model, load_student, read_manifest
+from overfill.config import ImportanceConfig
 from overfill.distillation import DistillationModel, teacher_pass
 from overfill.importance import ImportanceScores
 from overfill.lora import add_adapters
 from pipeline.config_training import DistillConfig, TrainingConfig
 from pipeline.corpus.order import BatchOrder, sequences_per_batch
 from pipeline.corpus.shards import TokenShards
-from pipeline.stage import StageRun
+from pipeline.fingerprint import identity_config
+from pipeline.stage import Stage, StageRun
 from pipeline.training import checkpoints
 from pipeline.training.deepspeed_config import EngineSettings
 from pipeline.training.distill import OBJECTIVES
@@ -278,6 +280,19 @@ def curve(run: StageRun) -> list[tuple[int, int, dict[str, float]]]:
     for line in found:
         line["metrics"].pop("train/tokens_per_second", None)
     return [(line["step"], line["tokens"], line["metrics"]) for line in found]
+
+
+def test_calibration_that_is_asked_to_stop_ends_before_its_next_batch_and_writes_nothing(
+    tmp_path: Path, inputs: dict[str, Path], one_worker: Place
+) -> None:
+    from pipeline.training.calibrate import measure_in
+
+    like = distill_run(tmp_path, inputs, resources={"micro_batch": 2})
+    config = identity_config(ImportanceConfig(samples=8))
+    stage = Stage("calibrate", 1, config, like.stage.inputs, "pipeline.stages.importance:run")
+    run = dataclasses.replace(like, stage=stage, stop_requested=like.metrics_path.exists)
+    assert measure_in(run, run.resources, one_worker) == {"metrics": {}, "stopped": True, "step": 1}
+    assert not any(run.staging.iterdir())
 
 
 def test_a_node_that_is_taken_away_loses_no_step(tmp_path: Path, inputs: dict[str, Path], one_worker: Place) -> None:
