@@ -12,7 +12,7 @@ import pytest
 import torch
 from pairs import full_model, student_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from overfill import benchmark
 from overfill.benchmark import TokenClock, measure_grid, measure_point, measure_systems, time_generation
@@ -307,6 +307,23 @@ def test_the_stages_measurement_reads_folders(models, tmp_path):
     assert all(set(row) == FIELDS and row["dtype"] == "bf16" for row in rows)
     alone = measure_systems(tmp_path / "full", None, **options, dtype="fp32", device="cpu")
     assert [row["system"] for row in alone] == ["full"]
+
+
+def test_a_released_model_is_timed_alone_beside_the_full_one_with_its_own_shape(models, tmp_path):
+    full, _ = models
+    full.save_pretrained(tmp_path / "full")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    other = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=20))
+    other.save_pretrained(tmp_path / "other")
+    options = {"batches": [1], "prompts": [6], "repeats": 1, "warmup": 0, "dtype": "fp32", "device": "cpu"}
+    given = tmp_path / "full", None
+    theirs, own = measure_systems(*given, **options, outputs=[4], released=tmp_path / "other")
+    assert (theirs["system"], own["system"]) == ("full", "student")
+    shape = ModelShape.from_config(other.config.to_dict())
+    assert own["bytes_per_token"] == shape.decode_bytes("fp32", 6 + 2)
+    assert own["weight_bytes"] == 4 * shape.parameters()
+    with pytest.raises(UserError, match="prompt \\+ output is 21 tokens, the models have 20 positions"):
+        measure_systems(*given, **options, outputs=[15], released=tmp_path / "other")
 
 
 def test_a_reader_scales_what_is_larger_than_its_buffer(monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from overfill.errors import UserError
-from pipeline.config import DataConfig, EvaluateConfig, StageResources
+from pipeline.config import BenchmarkConfig, DataConfig, EvaluateConfig, StageResources
 from pipeline.corpus.chat import PLAIN_TEMPLATE, ChatEncoder, Sample, load_tokenizer
 from pipeline.corpus.shards import TokenShards, write_samples
 from pipeline.corpus.sources import open_source
@@ -22,6 +22,7 @@ from pipeline.corpus.tokenizer import character_tokenizer, save_tokenizer, train
 from pipeline.fingerprint import identity_config
 from pipeline.stage import External, Stage, StageRun
 from pipeline.stages import held_out
+from pipeline.stages.benchmark import measure
 from pipeline.stages.evaluate import evaluate
 
 LONGEST = 30
@@ -169,3 +170,13 @@ def test_its_likelihood_is_told_per_token_of_the_full_model_and_its_answers_as_t
     assert [row["prediction"] for row in rows] == [sample["prediction"] for sample in samples]
     assert full["eval/response_nll"] * own == pytest.approx(metrics["eval/response_nll"] * theirs)
     assert full["eval/agreement"] == 1.0
+
+
+def test_its_latency_is_measured_alone_beside_the_full_models(inputs: dict[str, Path], tmp_path: Path) -> None:
+    settings = identity_config(BenchmarkConfig(prompt=(6,), output=(3,), repeats=1, warmup=0))
+    settings |= {"refresh": "none", "weights": "stored", "device": "cpu", "threads": 1, "versions": {}}
+    given = {"teacher": inputs["released"], "released": inputs["released"]}
+    run = stage_run("benchmark", settings, given, tmp_path)
+    assert {name.split("/")[1] for name in measure(run)} == {"full", "student"}
+    rows = json.loads((run.staging / "latency.json").read_text())["rows"]
+    assert [row["system"] for row in rows] == ["full", "student"]
