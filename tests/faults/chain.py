@@ -23,8 +23,8 @@ DURATIONS_S = {
     "prune": 4.0, "distill": 12.0, "evaluate": 6.0, "benchmark": 1.5,
 }  # fmt: skip
 """About how long each stage takes, the start of its workers included: faults strike at any time in it."""
-MOST_STARTS = 8
-"""More drivers than that for the same stage are no progress."""
+MOST_STARTS = 4
+"""Drivers that end one after another, without a fault in between, before that counts as no progress."""
 PATIENCE_S = 30.0
 """How long processes may take to end by themselves, after the run that they belong to."""
 
@@ -116,6 +116,8 @@ class _Chain:
     random: Random
     finished: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Stage -> (attempt, end) of what was finished before a fault: nothing of it may be done again, unless damaged."""
+    starts: int = 0
+    """Drivers that were started since the last fault."""
     saved: list[tuple[str, int, int]] = field(default_factory=list)
     """After a fault: stage, how often its training has begun so far, step of its newest sound step checkpoint."""
 
@@ -159,6 +161,7 @@ class _Chain:
         self.outcome.problems += target.problems
         if hit is not None:
             self.finished |= before
+            self.starts = 0
             self.saved += [(stage, len(self.place.starts(stage)), self.place.saved_step(stage)) for stage in STEPS]
         return hit
 
@@ -171,9 +174,10 @@ class _Chain:
         return not self.outcome.problems
 
     def _start_again(self) -> None:
-        if len(self.place.drivers) >= MOST_STARTS:
-            self.outcome.problems.append(f"{len(self.place.drivers)} drivers, and no end")
+        if self.starts == MOST_STARTS:
+            self.outcome.problems.append(f"{MOST_STARTS} drivers ended one after another")
             return
+        self.starts += 1
         self.place.start()
 
     def _finish(self) -> None:
