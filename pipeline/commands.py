@@ -27,6 +27,7 @@ from pipeline.experiment import (
 from pipeline.exports import summary_json, to_csv, to_json, write_report
 from pipeline.html_report import PAGE_FILE, write_page
 from pipeline.report import make_report
+from pipeline.objective import objective_line
 from pipeline.store import Store
 from pipeline.tables import markdown, print_report
 from pipeline.tracking import Tracker
@@ -56,6 +57,8 @@ def run_experiment(experiment: Experiment, store: Store, address: str | None, co
     files, page = write_report(report, folder), folder / PAGE_FILE
     write_page(report, experiment.cells, store, page)
     print_report(report, Console())
+    objective = objective_line(experiment.cells, store, experiment.config.sweep.objective)
+    console.print(objective, highlight=False, soft_wrap=True)
     _print_places(store, [path for path in files if path.suffix == ".png"], page, console)
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:

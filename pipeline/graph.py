@@ -324,12 +324,11 @@ def _tasks(config: ExperimentConfig, inputs: dict[str, Input], label: str) -> li
 def _student_reading(config: ExperimentConfig) -> dict[str, int | str]:
     """How the student decodes: what a method does not have is not part of what it is."""
     method = config.distill.method
-    alone = SYSTEM[method] != "overfill"
-    if config.evaluate.weights == "int8" and (
-        config.resources.evaluate.gpus_per_worker or config.resources.benchmark.gpus_per_worker
-    ):
+    alone, resources = SYSTEM[method] != "overfill", config.resources
+    judging = [resources.evaluate, resources.benchmark, *([resources.tasks] if config.evaluate.tasks else [])]
+    if config.evaluate.weights == "int8" and any(stage.gpus_per_worker for stage in judging):
         raise UserError(
-            "evaluate.weights: int8 is read on a CPU, but resources give evaluate or benchmark a GPU; use stored, or "
+            "evaluate.weights: int8 is read on a CPU, but resources give evaluate, tasks or benchmark a GPU; use stored, or "
             "set their gpus_per_worker to 0"
         )
     return {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.evaluator import evaluate
 
 from pipeline.harness.adapter import ChatLM
-from pipeline.harness.results import METRICS_FILE, SAMPLES_FILE, Metrics, Named, Scored, TaskResult
+from pipeline.harness.results import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    Metrics,
+    Named,
+    Scored,
+    TaskResult,
+    samples_schema,
+)
 from pipeline.harness.shards import Answers, request_digest, request_key
 
 if TYPE_CHECKING:
@@ -127,16 +134,7 @@ def _write_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], metrics: 
 
     first = {task: result.metrics[0].metric for task, result in metrics.tasks.items()}
     rows = [row for task, logged in samples.items() for row in _rows(task, logged, first.get(task, ""))]
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema()), path)
-
-
-def schema() -> Any:
-    """Columns of `samples.parquet`."""
-    import pyarrow as pa
-
-    texts = ("prompt", "target", "response", "answer", "metrics", "requests", "responses", "document", "digest")
-    first = [("task", pa.string()), ("sample", pa.int64()), ("filter", pa.string()), ("score", pa.float64())]
-    return pa.schema([*first, *((name, pa.string()) for name in texts)])
+    pq.write_table(pa.Table.from_pylist(rows, schema=samples_schema()), path)
 
 
 def _rows(task: str, logged: Sequence[Mapping[str, Any]], primary: str) -> Iterator[dict[str, Any]]:
@@ -172,17 +170,3 @@ def _text(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def record_metrics(metrics: Metrics) -> dict[str, float | int | str]:
-    """`eval/<task>/<metric>` and more, under names that MLflow takes."""
-    found: dict[str, float | int | str] = {}
-    for task, result in metrics.tasks.items():
-        for scored in result.metrics:
-            found[f"eval/{task}/{result.key(scored)}"] = scored.value
-            if scored.stderr is not None:
-                found[f"eval/{task}/{result.key(scored, '_stderr')}"] = scored.stderr
-        found[f"eval/{task}/samples"] = result.samples
-        if result.truncated:
-            found[f"eval/{task}/truncated"] = result.truncated
-    return {re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name): value for name, value in found.items()}

@@ -90,15 +90,17 @@ def _load_one(name: str, settings: TaskSettings) -> Any:
     except Exception as error:  # each task brings code, data and metrics of its own, and each their own errors
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise UserError(
-            f"evaluate.tasks: {name} cannot be loaded ({type(error).__name__}: {line[:200]}); its data come from "
-            f"{_origin(manager, name)}: connect to the network, or give local files by evaluate.task_path"
+            f"evaluate.tasks: {name} cannot be loaded ({type(error).__name__}: {line[:200]}); {_way_out(manager, name)}"
         ) from error
 
 
-def _origin(manager: TaskManager, name: str) -> str:
+def _way_out(manager: TaskManager, name: str) -> str:
     entry = manager.task_index.get(name)
     path = ((entry.cfg if entry is not None else None) or {}).get("dataset_path")
-    return f"the Hub's {path}" if path and path not in FILE_FORMATS else "files" if path else "the Hub"
+    if path in FILE_FORMATS:
+        return f"check {entry.yaml_path if entry is not None else 'its YAML'} against its data"
+    source = f"the Hub's {path}" if path else "the Hub"
+    return f"its data come from {source}: connect to the network, or give local files by evaluate.task_path"
 
 
 def _folders(name: str, settings: TaskSettings) -> tuple[Path, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,29 @@ class Metrics(_Kept):
     """By name in `evaluate.tasks`."""
 
 
+def samples_schema() -> Any:
+    """Columns of `samples.parquet`."""
+    import pyarrow as pa
+
+    texts = ("prompt", "target", "response", "answer", "metrics", "requests", "responses", "document", "digest")
+    first = [("task", pa.string()), ("sample", pa.int64()), ("filter", pa.string()), ("score", pa.float64())]
+    return pa.schema([*first, *((name, pa.string()) for name in texts)])
+
+
+def record_metrics(metrics: Metrics) -> dict[str, float | int | str]:
+    """`eval/<task>/<metric>` and more, under names that MLflow takes."""
+    found: dict[str, float | int | str] = {}
+    for task, result in metrics.tasks.items():
+        for scored in result.metrics:
+            found[f"eval/{task}/{result.key(scored)}"] = scored.value
+            if scored.stderr is not None:
+                found[f"eval/{task}/{result.key(scored, '_stderr')}"] = scored.stderr
+        found[f"eval/{task}/samples"] = result.samples
+        if result.truncated:
+            found[f"eval/{task}/truncated"] = result.truncated
+    return {re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name): value for name, value in found.items()}
+
+
 @dataclass(frozen=True)
 class TaskMetric:
     """A number of a report."""
@@ -139,7 +163,7 @@ def _all_known(scores: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def task_samples(cell: Cell, store: Store, columns: list[str] | None = None) -> Any:
-    """The per-sample table as a pyarrow.Table, one row per task, document and filter (see `aggregate.schema`).
+    """The per-sample table as a pyarrow.Table, one row per task, document and filter (see `samples_schema`).
 
     Raises UserError while there is none."""
     import pyarrow.parquet as parquet
@@ -149,19 +173,6 @@ def task_samples(cell: Cell, store: Store, columns: list[str] | None = None) -> 
         raise UserError(f"{cell.label}: its tasks are not evaluated yet; run the experiment")
     with parquet.ParquetFile(folder / SAMPLES_FILE) as file:
         return file.read(columns=columns)
-
-
-def objective(cell: Cell, store: Store) -> float | None:
-    """The value of `sweep.objective.metric` in a cell: `gsm8k_cot_llama/exact_match` of its tasks, or the name of a metric
-    in the record of one of its results (`eval/exact_match`, `latency/overfill/tpot_s`); None while it is not there."""
-    wanted = cell.config.sweep.objective.metric
-    for stage in cell.leaves:
-        record = store.record(stage)
-        found = {} if record is None else record.metrics
-        value = found.get(wanted, found.get(f"eval/{wanted}"))
-        if isinstance(value, int | float):
-            return float(value)
-    return None
 
 
 def read_metrics(cell: Cell, store: Store) -> Metrics | None:

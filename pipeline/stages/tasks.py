@@ -59,7 +59,8 @@ def answer_shards(run: StageRun, worker: int, workers: int) -> Metrics:
 
 def evaluate_answers(run: StageRun) -> Metrics:
     """In a Ray worker: lm-eval's evaluation of all answers."""
-    from pipeline.harness.aggregate import aggregate, record_metrics
+    from pipeline.harness.aggregate import aggregate
+    from pipeline.harness.results import record_metrics
     from pipeline.harness.shards import kept
 
     model = _tokenizer_model(run)
@@ -137,8 +138,10 @@ def _requests(run: StageRun, model: ChatLM) -> tuple[Loaded, Documents]:
 
 
 def _tokenizer_model(run: StageRun) -> ChatLM:
+    """With the full model's tokenizer, which students share; a released model has its own."""
     from pipeline.harness.adapter import ChatLM
 
+    speaker = run.inputs.get("released", run.inputs["teacher"])
     return ChatLM(load_tokenizer(tokenizer_folder(run.inputs["teacher"]), run.config["template"]))
 
 

@@ -314,3 +314,28 @@ def test_a_failing_cell_is_told_with_its_reason_and_leaves_the_others_alone(fini
     rows = json.loads(overfill("report", "broken", "--json", store=store).stdout)
     assert [row["state"] for row in rows] == ["done", "unfinished"]
     assert "failed" in overfill("status", "broken", store=store).stdout
+
+
+def test_tasks_are_shared_out_among_workers_and_every_sample_is_kept(finished, tmp_path):
+    import pyarrow.parquet as parquet
+    from harness_toys import write_tasks
+
+    store, _ = finished
+    asked = f"evaluate={{tasks: [toy_get, choose], task_path: {write_tasks(tmp_path)}, task_samples: 4, samples: 40, max_new_tokens: 12}}"
+    command = ("tiny.yaml", "--set", "name=asked", "--set", "sweep.axes={distill.method: [full, overfill]}")
+    command += ("--set", asked, "--set", "resources.tasks={workers: 2, micro_batch: 1, cpus_per_worker: 0.5}")
+    overfill("run", *command, store=store)
+    found = records(store, "tasks")
+    assert len(found) == 2
+    for record in found.values():
+        assert {"eval/toy_get/exact_match", "eval/choose/acc", "eval/choose/acc_stderr"} <= record["metrics"].keys()
+        assert record["metrics"]["eval/choose/samples"] == 4
+    for folder in store.glob("tasks/*"):
+        assert parquet.ParquetFile(folder / "payload" / "samples.parquet").metadata.num_rows == 8
+        steps = [json.loads(line) for line in (folder / "progress" / "metrics.jsonl").read_text().splitlines()]
+        assert (steps[-1]["step"], steps[-1]["steps"]) == (8, 8)
+        assert not (folder / "progress" / "shards").exists(), "a finished stage needs no shards"
+    assert "2 cells, 6 stages: 6 reuse" in overfill("plan", *command, store=store).stdout
+    wrong = overfill("run", "tiny.yaml", "--set", "evaluate.tasks=[toy_gett]", store=store, code=2)
+    assert wrong.stderr.count("\n") == 1
+    assert "did you mean toy_get" in wrong.stderr

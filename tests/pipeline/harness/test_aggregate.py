@@ -13,9 +13,9 @@ from lm_eval.evaluator import evaluate
 from overfill.engine import Engine
 from overfill.errors import UserError
 from pipeline.harness.adapter import EngineLM, Reading
-from pipeline.harness.aggregate import BOOTSTRAP, aggregate, record_metrics
+from pipeline.harness.aggregate import BOOTSTRAP, aggregate
 from pipeline.harness.loading import TaskSettings, build_requests, load
-from pipeline.harness.results import SAMPLES_FILE, Metrics
+from pipeline.harness.results import SAMPLES_FILE, Metrics, record_metrics
 from pipeline.harness.shards import answer, documents_of, keep, kept, plan
 
 FULL = model()
