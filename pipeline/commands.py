@@ -26,8 +26,8 @@ from pipeline.experiment import (
 )
 from pipeline.exports import summary_json, to_csv, to_json, write_report
 from pipeline.html_report import PAGE_FILE, write_page
-from pipeline.report import make_report
 from pipeline.objective import objective_line
+from pipeline.report import make_report
 from pipeline.store import Store
 from pipeline.tables import markdown, print_report
 from pipeline.tracking import Tracker

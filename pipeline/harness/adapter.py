@@ -53,8 +53,8 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 T = TypeVar("T")
 
 
-class ChatLM(TemplateLM):
-    """What a tokenizer alone decides: how text becomes tokens, and messages text."""
+class ChatText:
+    """What a tokenizer alone decides of a model: how text becomes tokens, and messages text."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
@@ -99,17 +99,6 @@ class ChatLM(TemplateLM):
         except jinja2.TemplateError:
             return rendered([message for message in chat_history if message["role"] != "system"])
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Not without a model."""
-        raise NotImplementedError
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Not without a model."""
-        raise NotImplementedError
-
-    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -135,7 +124,7 @@ class Reading:
         return None if self.exact else Refresh.parse(self.dial)
 
 
-class EngineLM(ChatLM):
+class EngineLM(ChatText, TemplateLM):
     """A system as lm-eval sees it.
 
     Args:

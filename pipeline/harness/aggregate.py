@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from pipeline.harness.adapter import ChatLM
+from pipeline.harness.adapter import ChatText
 from pipeline.harness.results import (
     METRICS_FILE,
     SAMPLES_FILE,
@@ -37,7 +38,7 @@ BOOTSTRAP = 1000
 minutes for a perplexity, and cap BLEU's at 100."""
 
 
-class Recorded(ChatLM):
+class Recorded(ChatText, LM):
     """Repeats what was answered."""
 
     def __init__(self, tokenizer: Any, answers: Mapping[str, Answers]) -> None:
@@ -73,7 +74,7 @@ class Recorded(ChatLM):
 
 
 def aggregate(
-    loaded: Loaded, answers: Mapping[str, Answers], model: ChatLM, documents: int | None, folder: Path
+    loaded: Loaded, answers: Mapping[str, Answers], model: ChatText, documents: int | None, folder: Path
 ) -> Metrics:
     """Evaluate answers to tasks whose requests are built, for at most so many documents each.
 

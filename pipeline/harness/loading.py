@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks._index import Entry
 
-    from pipeline.harness.adapter import ChatLM
+    from pipeline.harness.adapter import ChatText
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def _set_examples(task: Task, settings: TaskSettings) -> None:
         task.set_config("num_fewshot", 0)
 
 
-def build_requests(task: Task, settings: TaskSettings, model: ChatLM) -> list[Instance]:
+def build_requests(task: Task, settings: TaskSettings, model: ChatText) -> list[Instance]:
     """The requests of all the task's documents (up to `samples`), always the same; they stay in the task, too."""
     _seed(settings.seed)
     task.set_fewshot_seed(settings.seed)

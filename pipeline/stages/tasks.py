@@ -22,7 +22,7 @@ from pipeline.stages.folders import tokenizer_folder
 from pipeline.stages.remote import Metrics, run_on_worker, run_on_workers
 
 if TYPE_CHECKING:
-    from pipeline.harness.adapter import ChatLM, EngineLM
+    from pipeline.harness.adapter import ChatText, EngineLM
     from pipeline.harness.loading import Loaded, TaskSettings
     from pipeline.harness.shards import Documents
 
@@ -43,7 +43,7 @@ def answer_shards(run: StageRun, worker: int, workers: int) -> Metrics:
     """In a Ray worker: answer this worker's part of the shards, as far as they are not answered."""
     from pipeline.harness import shards
 
-    _, documents = _requests(run, _tokenizer_model(run))
+    _, documents = _requests(run, _chat_text(run))
     sizes = {task: len(found) for task, found in documents.items()}
     mine = shards.plan(sizes, BATCHES_PER_SHARD * run.resources.micro_batch)[worker::workers]
     missing = shards.missing(run.progress, mine)
@@ -63,7 +63,7 @@ def evaluate_answers(run: StageRun) -> Metrics:
     from pipeline.harness.results import record_metrics
     from pipeline.harness.shards import kept
 
-    model = _tokenizer_model(run)
+    model = _chat_text(run)
     loaded, documents = _requests(run, model)
     answers = {task: kept(run.progress, task) for task in documents}
     for task, found in documents.items():
@@ -121,7 +121,7 @@ def tasks_config(config: Mapping[str, Any]) -> TasksConfig:
     return TasksConfig.model_validate({name: config[name] for name in TasksConfig.model_fields if name in config})
 
 
-def _requests(run: StageRun, model: ChatLM) -> tuple[Loaded, Documents]:
+def _requests(run: StageRun, model: ChatText) -> tuple[Loaded, Documents]:
     """The tasks, and by task the requests of each document."""
     from pipeline.harness.loading import build_requests, load
     from pipeline.harness.shards import documents_of
@@ -137,12 +137,12 @@ def _requests(run: StageRun, model: ChatLM) -> tuple[Loaded, Documents]:
     return loaded, {name: documents_of(instances) for name, instances in built.items()}
 
 
-def _tokenizer_model(run: StageRun) -> ChatLM:
+def _chat_text(run: StageRun) -> ChatText:
     """With the full model's tokenizer, which students share; a released model has its own."""
-    from pipeline.harness.adapter import ChatLM
+    from pipeline.harness.adapter import ChatText
 
     speaker = run.inputs.get("released", run.inputs["teacher"])
-    return ChatLM(load_tokenizer(tokenizer_folder(run.inputs["teacher"]), run.config["template"]))
+    return ChatText(load_tokenizer(tokenizer_folder(run.inputs["teacher"]), run.config["template"]))
 
 
 def _model(run: StageRun) -> EngineLM:
@@ -156,4 +156,4 @@ def _model(run: StageRun) -> EngineLM:
         max_new_tokens=tasks.task_max_new_tokens,
         seed=tasks.task_seed,
     )
-    return EngineLM(engine, full, _tokenizer_model(run).tokenizer, reading)
+    return EngineLM(engine, full, _chat_text(run).tokenizer, reading)

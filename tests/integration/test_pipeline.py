@@ -321,9 +321,10 @@ def test_tasks_are_shared_out_among_workers_and_every_sample_is_kept(finished, t
     from harness_toys import write_tasks
 
     store, _ = finished
-    asked = f"evaluate={{tasks: [toy_get, choose], task_path: {write_tasks(tmp_path)}, task_samples: 4, samples: 40, max_new_tokens: 12}}"
+    asked = "tasks: [toy_get, choose], task_samples: 4, samples: 40, max_new_tokens: 12"
     command = ("tiny.yaml", "--set", "name=asked", "--set", "sweep.axes={distill.method: [full, overfill]}")
-    command += ("--set", asked, "--set", "resources.tasks={workers: 2, micro_batch: 1, cpus_per_worker: 0.5}")
+    command += ("--set", f"evaluate={{{asked}, task_path: {write_tasks(tmp_path)}}}")
+    command += ("--set", "resources.tasks={workers: 2, micro_batch: 1, cpus_per_worker: 0.5}")
     overfill("run", *command, store=store)
     found = records(store, "tasks")
     assert len(found) == 2

@@ -35,7 +35,7 @@ def test_metrics_and_scores_of_each_task_are_told(tmp_path: Path):
         ("toy_sort/perplexity", 3.5, SAMPLES),
     ]
     assert list(results.primary_metrics(cell, invented.store)) == TASKS
-    (task, scores), = results.task_scores(cell, invented.store).items()
+    ((task, scores),) = results.task_scores(cell, invented.store).items()
     assert (task, scores["49"], scores["50"], len(scores)) == ("toy_get", 1.0, 0.0, SAMPLES)
     assert results.task_samples(cell, invented.store).num_rows == 2 * SAMPLES
 
