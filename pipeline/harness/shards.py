@@ -134,6 +134,12 @@ def kept(folder: Path, task: str) -> Answers:
     return found
 
 
+def answered(folder: Path, task: str) -> int:
+    """How many of a task's documents have answers, by the names of the files alone: for a progress bar."""
+    ranges = (map(int, path.stem.split("-")) for path in (folder / FOLDER / fingerprint(task)).glob("*.json"))
+    return len({number for start, stop in ranges for number in range(start, stop)})
+
+
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -52,7 +52,7 @@ def answer_shards(run: StageRun, worker: int, workers: int) -> Metrics:
         assert model is not None  # something is missing
         answers = shards.answer(model, documents[shard.task][shard.start : shard.stop])
         shards.keep(run.progress, shard, answers)
-        done = sum(len(shards.kept(run.progress, task).documents) for task in sizes)
+        done = sum(shards.answered(run.progress, task) for task in sizes)
         run.log_metrics(done, sum(sizes.values()), {})
     return {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.harness.shards import Answers, Shard, keep, kept, missing, plan, shard_file
+from pipeline.harness.shards import Answers, Shard, answered, keep, kept, missing, plan, shard_file
 
 
 def answers(*documents: int) -> Answers:
@@ -44,3 +44,6 @@ def test_what_is_damaged_is_done_again(tmp_path: Path):
 def test_shards_of_another_size_count_by_their_documents(tmp_path: Path):
     keep(tmp_path, Shard("a", 0, 4), answers(0, 1, 2, 3))
     assert missing(tmp_path, plan({"a": 7}, 3)) == [Shard("a", 3, 6), Shard("a", 6, 7)]
+    keep(tmp_path, Shard("a", 3, 6), answers(3, 4, 5))
+    assert answered(tmp_path, "a") == 6
+    assert answered(tmp_path, "b") == 0
