@@ -138,10 +138,9 @@ def _requests(run: StageRun, model: ChatText) -> tuple[Loaded, Documents]:
 
 
 def _chat_text(run: StageRun) -> ChatText:
-    """With the full model's tokenizer, which students share; a released model has its own."""
+    """With the tokenizer of the model that reads prompts, which is that of its students, too."""
     from pipeline.harness.adapter import ChatText
 
-    speaker = run.inputs.get("released", run.inputs["teacher"])
     return ChatText(load_tokenizer(tokenizer_folder(run.inputs["teacher"]), run.config["template"]))
 
 
