@@ -194,20 +194,20 @@ def broken(finished, place) -> Path:
     store = place / "broken"
     for shared in ("tokenizer", "data", "teacher", "calibrate", "prune", ".claims"):
         shutil.copytree(reference / shared, store / shared, symlinks=True)
-    killed = driver(store)
+    killed = driver("killed", store)
     wait_for(lambda: newest_step(store) >= 3, killed, seconds=300)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
-    # Ray's agents take their time to see that their node is gone; what trains must be gone before the next run.
-    assert left_after(15, store, but="Agent") == []
+    # Ray's agents try for a minute to reach what was killed with the driver; what trains must be gone before the next run.
+    assert left_after(15, "killed", but="Agent") == []
     return store
 
 
-def driver(store: Path) -> subprocess.Popen[str]:
-    """A run of one cell that takes its time, with a step checkpoint after every step."""
+def driver(name: str, store: Path) -> subprocess.Popen[str]:
+    """A run of one cell that takes its time, with a step checkpoint after every step; its processes know their name."""
     command = [sys.executable, "-m", "pipeline.cli", "run", "tiny.yaml", "--store", str(store), "--set", "name=broken"]
     command += ["--set", "sweep.axes={distill.method: [overfill]}", "--set", "resources.distill.checkpoint_every=1"]
-    marked = environment() | {"OVERFILL_TEST": str(store)}
+    marked = environment() | {"OVERFILL_TEST": f"{os.getpid()}-{name}"}
     return subprocess.Popen(
         command, cwd=store.parent, env=marked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -221,7 +221,7 @@ def newest_step(store: Path) -> int:
 
 def test_sigterm_saves_the_position_and_leaves_no_process(broken):
     at = newest_step(broken)
-    asked = driver(broken)
+    asked = driver("asked", broken)
     wait_for(lambda: newest_step(broken) >= at + 3, asked, seconds=300)
     asked.send_signal(signal.SIGTERM)
     begun = time.monotonic()
@@ -235,26 +235,26 @@ def test_sigterm_saves_the_position_and_leaves_no_process(broken):
     assert outcome["status"] == "interrupted"
     assert outcome["error"] == f"asked to end: stopped after step {newest_step(broken)}"
     assert run_states(broken) == {"broken": "KILLED", "small · 0.5 · overfill · seed 0": "KILLED"}
-    assert left_after(15, broken) == []
+    assert left_after(15, "asked") == []
     assert not list((broken / "tune").glob("interrupt-*"))
 
 
-def left_after(seconds: float, store: Path, but: str = "nothing") -> list[str]:
-    """What still runs of a store's drivers after so many seconds at most."""
+def left_after(seconds: float, driver: str, but: str = "nothing") -> list[str]:
+    """What still runs of a driver after so many seconds at most."""
     deadline = time.monotonic() + seconds
-    while left := [name for name in processes_of(store) if but not in name]:
+    while left := [name for name in processes_of(driver) if but not in name]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
     return left
 
 
-def processes_of(store: Path) -> list[str]:
-    """What runs of a store's drivers."""
+def processes_of(driver: str) -> list[str]:
+    """What a driver has started, itself included."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            if f"OVERFILL_TEST={store}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+            if f"OVERFILL_TEST={os.getpid()}-{driver}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.append((folder / "cmdline").read_text())
     return found
 
