@@ -31,10 +31,12 @@ distill: {tokens: 64_000, batch_tokens: 1280, learning_rate: 3e-3, evaluate_ever
 evaluate: {samples: 40, max_new_tokens: 12}
 benchmark: {prompt: [16], output: [6], repeats: 3}
 sweep:
-  axes: {distill.method: [full, overfill, pruned, scratch]}
+  axes: {distill.method: [full, overfill, pruned, scratch, assisted, lora, untrained, untrained-overfill, released]}
+released: {name: other, model: released}
 resources:
   distill: {checkpoint_every: 5}
 """
+METHODS = ["full", "overfill", "pruned", "scratch", "assisted", "lora", "untrained", "untrained-overfill", "released"]
 KEYS = {
     *("teacher", "method", "ratio", "ratio_effective", "seed", "parameters", "exact_match", "exact_match_interval"),
     *("perplexity", "ttft_s", "tpot_s", "speed_up", "peak_bytes", "agreement", "state"),
@@ -60,7 +62,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an experiment file."""
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "tiny.yaml").write_text(EXPERIMENT, encoding="utf-8")
+    make_released_model(folder / "released")
     return folder
+
+
+def make_released_model(folder: Path) -> None:
+    """A model with random weights, another shape and another tokenizer than the teacher's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.corpus.tokenizer import save_tokenizer, train_byte_level_bpe
+
+    save_tokenizer(train_byte_level_bpe(["sort: dbca", "reverse: abcd", "get 1 of: b a c"] * 30, 275), folder)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=275, **shape, max_position_embeddings=96)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +92,7 @@ def records(store: Path, stage: str) -> dict[str, dict]:
 def test_every_cell_is_evaluated_timed_and_compared(finished):
     store, printed = finished
     rows = json.loads(overfill("report", "tiny", "--json", store=store).stdout)
-    assert [row["method"] for row in rows] == ["full", "overfill", "pruned", "scratch"]
+    assert [row["method"] for row in rows] == METHODS
     for row in rows:
         assert set(row) >= KEYS
         assert row["state"] == "done"
@@ -87,11 +101,21 @@ def test_every_cell_is_evaluated_timed_and_compared(finished):
         assert row["perplexity"] > 1
         assert row["tpot_s"] > 0
         assert row["ttft_s"] > 0
-    full, *students = rows
+    full, *students, released = rows
     assert full["agreement"] == 1.0
     assert {row["parameters"] for row in students} == {rows[1]["parameters"]}
     assert rows[1]["parameters"] < full["parameters"]
-    for words in ("OverFill", "pruned only", "full model", "overfill ui", "pareto.png"):
+    assert released["agreement"] is None
+    assert released["parameters"] not in (full["parameters"], rows[1]["parameters"])
+    for words in (
+        "OverFill",
+        "pruned only",
+        "full model",
+        "pruned, LoRA",
+        "released model",
+        "overfill ui",
+        "pareto.png",
+    ):
         assert words in printed.stdout + printed.stderr
     assert (store / "sweeps" / "tiny" / "pareto.png").stat().st_size > 10_000
 
@@ -105,9 +129,29 @@ def test_one_calibration_serves_all_and_nothing_is_left_behind(finished):
         "calibrate": 1,
         "prune": 1,
     }
-    assert len(records(store, "distill")) == 3
-    assert len(records(store, "evaluate")) == 4
+    assert len(records(store, "distill")) == 4
+    assert len(records(store, "evaluate")) == 9
+    assert len(records(store, "benchmark")) == 4, "alone, of the ratio, assisted, beside the released model"
     assert not list(store.glob("*/*/staging-*"))
+
+
+def test_assisted_generation_says_what_the_full_model_says_and_a_released_one_answers_the_same_questions(finished):
+    import pyarrow.parquet as parquet
+
+    store, _ = finished
+
+    def samples(label: str) -> list[dict]:
+        (folder,) = store.glob(f"evaluate/{label}_*")
+        return parquet.read_table(folder / "payload" / "samples.parquet").to_pylist()
+
+    full, assisted, released = (samples(label) for label in ("small", "small-0.5-assisted-s0", "other"))
+    for one, other in zip(full, assisted, strict=True):
+        assert (one["sample"], one["prediction"]) == (other["sample"], other["prediction"])
+        assert one["response_nll"] == pytest.approx(other["response_nll"])
+    asked = [[(row["sample"], row["reference"]) for row in found] for found in (full, released)]
+    assert asked[0] == asked[1]
+    measured = records(store, "evaluate")["small-0.5-assisted-s0"]["metrics"]
+    assert 0 <= measured["eval/acceptance_rate"] <= 1
 
 
 def test_a_trained_student_is_a_model_folder_that_finds_its_full_model(finished):
@@ -156,14 +200,14 @@ def test_running_again_finds_everything_done_without_ray(finished):
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=store.parent, env=environment()
     )
     assert done.returncode == 0, done.stderr
-    assert "all 4 cells are done already" in done.stderr
+    assert "all 9 cells are done already" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in store.glob("*/*/attempts/*")} == before
 
 
 def test_status_and_plan_say_that_all_is_done(finished):
     store, _ = finished
-    assert "4" in overfill("status", store=store).stdout
-    assert "4 cells, 6 stages: 6 reuse" in overfill("plan", "tiny.yaml", store=store).stdout
+    assert "9" in overfill("status", store=store).stdout
+    assert "9 cells, 13 stages: 13 reuse" in overfill("plan", "tiny.yaml", store=store).stdout
 
 
 def test_mlflow_has_one_parent_and_comparable_children(finished):
@@ -176,7 +220,7 @@ def test_mlflow_has_one_parent_and_comparable_children(finished):
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert len(parents) == 1
-    assert len(children) == 4
+    assert len(children) == len(METHODS)
     for run in runs:
         assert run.info.status == "FINISHED"
     for run in children:
@@ -207,6 +251,7 @@ def driver(name: str, store: Path) -> subprocess.Popen[str]:
     """A run of one cell that takes its time, with a step checkpoint after every step; its processes know their name."""
     command = [sys.executable, "-m", "pipeline.cli", "run", "tiny.yaml", "--store", str(store), "--set", "name=broken"]
     command += ["--set", "sweep.axes={distill.method: [overfill]}", "--set", "resources.distill.checkpoint_every=1"]
+    command += ["--set", "released="]
     marked = environment() | {"OVERFILL_TEST": f"{os.getpid()}-{name}"}
     return subprocess.Popen(
         command, cwd=store.parent, env=marked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -308,7 +353,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float) -> None:
 def test_a_failing_cell_is_told_with_its_reason_and_leaves_the_others_alone(finished):
     store, _ = finished
     axes = "sweep.axes={distill.method: [full], benchmark.prompt: [[12], [4000]]}"
-    command = ("run", "tiny.yaml", "--set", "name=broken", "--set", axes)
+    command = ("run", "tiny.yaml", "--set", "name=broken", "--set", axes, "--set", "released=")
     done = overfill(*command, store=store, code=1)
     assert "benchmark: prompt + output is 4006 tokens, the models have" in " ".join(done.stderr.split())
     rows = json.loads(overfill("report", "broken", "--json", store=store).stdout)

@@ -126,6 +126,8 @@ def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
     two = {"workers": 2, "micro_batch": 2, "checkpoint_every": 4}
     zero2 = distill_run(tmp_path / "zero2", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
     zero3 = distill_run(tmp_path / "zero3", inputs, resources={**two, "zero_stage": 3}, tokens=tokens)
+    adapters = {"method": "lora", "tokens": tokens}
+    lora = distill_run(tmp_path / "lora", inputs, resources={**two, "zero_stage": 3}, **adapters)
     broken = distill_run(tmp_path / "broken", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
     broken = stopping_after(6, broken)
     same = distill_run(tmp_path / "same", inputs, resources={**two, "zero_stage": 2}, tokens=tokens)
@@ -147,7 +149,7 @@ def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
             measure_in(scores, scores.resources, place)
             train_in(zero3, zero3.resources, place, recording(zero3))
             stopped = train_in(broken, broken.resources, place, recording(broken))
-            for part in (stopping_after(5, same), same, stopping_after(5, fewer), to_zero2, by_two):
+            for part in (stopping_after(5, same), same, stopping_after(5, fewer), to_zero2, by_two, lora):
                 train_in(part, part.resources, place, recording(part))
             result = train_in(arguments["run"], arguments["run"].resources, place, Services())
         return {"result": result, "stopped": stopped, "workers": place.workers, "share": share}
@@ -169,6 +171,10 @@ def test_two_workers_learn_what_one_does_and_one_goes_on_where_two_stopped(
 
     assert lines(same) == lines(zero2), "on as many workers a resumed run is the unbroken one, bit for bit"
     assert largest_difference(same, zero2) == 0.0
+
+    alone = distill_run(tmp_path / "lora-one", inputs, resources={"micro_batch": 6}, **adapters)
+    train_in(alone, alone.resources, one_worker, WITHOUT_RAY)
+    assert largest_difference(lora, alone) < 1e-4
 
     resumed = distill_run(tmp_path / "broken", inputs, resources={"micro_batch": 3}, tokens=tokens)
     train_in(resumed, resumed.resources, one_worker, recording(resumed, read_directly))
