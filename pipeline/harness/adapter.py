@@ -28,13 +28,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
+from torch import BoolTensor, Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from overfill.dial import EXACT, NONE, Refresh
@@ -153,7 +153,7 @@ class EngineLM(ChatText, TemplateLM):
         scored: dict[int, tuple[float, bool]] = {}
         engine = self.full if self.reading.exact else self.engine
         for contexts in self._context_batches(grouped):
-            rows = [ScoredContext(*key, [ids for _, ids in members]) for key, members in contexts]
+            rows = [ScoredContext(read, given, [ids for _, ids in own]) for (read, given), own in contexts]
             scores = score_continuations(engine, rows, pad_token(self.tokenizer), refresh=self.reading.refresh)
             for (_, members), results in zip(contexts, scores, strict=True):
                 scored |= {index: result for (index, _), result in zip(members, results, strict=True)}
@@ -227,7 +227,7 @@ class EngineLM(ChatText, TemplateLM):
         """Answers, cut at the first of the task's `until` strings."""
         alike: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+            alike.setdefault(json.dumps(request.arguments[1], sort_keys=True), []).append(index)
         texts: dict[int, str] = {}
         seeds = self._seeds(requests)
         for options, indices in alike.items():
@@ -324,7 +324,7 @@ class StopTexts(StoppingCriteria):
         lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         self.look_back = max(lengths, default=0) + 2
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> BoolTensor:
         """bool [B], of ids [B, prompt + answer]."""
         ends = input_ids[:, self.width :][:, -self.look_back :]
         stopped = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -333,7 +333,7 @@ class StopTexts(StoppingCriteria):
                 written = self.tokenizer.batch_decode(ends, skip_special_tokens=skip)
                 found = [any(text in end for text in texts) for end in written]
                 stopped |= torch.tensor(found, device=input_ids.device)
-        return stopped
+        return cast("BoolTensor", stopped)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -372,7 +372,7 @@ def test_tasks_are_shared_out_among_workers_and_every_sample_is_kept(finished, t
     command += ("--set", "resources.tasks={workers: 2, micro_batch: 1, cpus_per_worker: 0.5}")
     overfill("run", *command, store=store)
     found = records(store, "tasks")
-    assert len(found) == 2
+    assert {record["label"] for record in found.values()} == {"small", "small-0.5-overfill-s0"}
     for record in found.values():
         assert {"eval/toy_get/exact_match", "eval/choose/acc", "eval/choose/acc_stderr"} <= record["metrics"].keys()
         assert record["metrics"]["eval/choose/samples"] == 4
@@ -385,3 +385,8 @@ def test_tasks_are_shared_out_among_workers_and_every_sample_is_kept(finished, t
     wrong = overfill("run", "tiny.yaml", "--set", "evaluate.tasks=[toy_gett]", store=store, code=2)
     assert wrong.stderr.count("\n") == 1
     assert "did you mean toy_get" in wrong.stderr
+    early = ("--set", "name=early", "--set", "distill.tokens=640_000", "--set", "evaluate.tasks=[gsm8k_files]")
+    trained = records(store, "distill")
+    without_data = overfill("run", "tiny.yaml", *early, store=store, code=2)
+    assert "gsm8k_files reads train.jsonl, which is not in" in without_data.stderr
+    assert records(store, "distill") == trained, "nothing is trained for a task that cannot be loaded"
