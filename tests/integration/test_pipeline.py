@@ -368,7 +368,7 @@ def test_tasks_are_shared_out_among_workers_and_every_sample_is_kept(finished, t
     store, _ = finished
     asked = "tasks: [toy_get, choose], task_samples: 4, samples: 40, max_new_tokens: 12"
     command = ("tiny.yaml", "--set", "name=asked", "--set", "sweep.axes={distill.method: [full, overfill]}")
-    command += ("--set", f"evaluate={{{asked}, task_path: {write_tasks(tmp_path)}}}")
+    command += ("--set", "released=", "--set", f"evaluate={{{asked}, task_path: {write_tasks(tmp_path)}}}")
     command += ("--set", "resources.tasks={workers: 2, micro_batch: 1, cpus_per_worker: 0.5}")
     overfill("run", *command, store=store)
     found = records(store, "tasks")
