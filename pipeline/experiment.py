@@ -108,10 +108,11 @@ def known_experiment(store: Store, name: str | None) -> Experiment:
 def planned(experiment: Experiment, store: Store, explain: bool = True, continue_stopped: bool = False) -> list[Action]:
     """What running the experiment would do: make the results, and anew what was altered on the way to them."""
     stages = {stage.identity: stage for cell in experiment.cells for stage in cell.stages}
-    leaves = experiment.leaves
-    for leaf in leaves:
+    leaves = {leaf.identity: leaf for leaf in experiment.leaves}
+    for leaf in leaves.values():
         store.is_altered(leaf, full=True)  # a report reads them, and they are small; the facts below know it then
-    targets = leaves + [stage for stage in stages.values() if stage not in leaves and store.is_altered(stage)]
+    others = [stage for identity, stage in stages.items() if identity not in leaves]
+    targets = [*leaves.values(), *(stage for stage in others if store.is_altered(stage))]
     facts = store.gather(targets, explain=explain)
     return plan(targets, facts, targets, continue_stopped=continue_stopped)
 

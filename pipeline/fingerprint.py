@@ -66,12 +66,21 @@ def _at(path: str) -> str:
 
 def canonical_json(value: Any) -> str:
     """The one JSON text of `value`: sorted keys, no spaces, ASCII. Raises TypeError like `canonical`."""
-    return json.dumps(canonical(value), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _text(canonical(value))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False, sort_keys=True)
 
 
 def fingerprint(value: Any) -> str:
     """12 hex digits of the SHA-256 of the canonical JSON of `value`. Raises TypeError like `canonical`."""
-    return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()[:IDENTITY_LENGTH]
+    return fingerprint_of_canonical(canonical(value))
+
+
+def fingerprint_of_canonical(value: Any) -> str:
+    """The fingerprint of what `canonical` gave, without going through it again: a sweep has thousands of stages."""
+    return hashlib.sha256(_text(value).encode("ascii")).hexdigest()[:IDENTITY_LENGTH]
 
 
 def identity_config(model: BaseModel) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console
@@ -19,6 +20,8 @@ from pipeline.store import Store
 
 STYLES = {"reuse": "green", "resume": "cyan", "run": "bold", "wait": "yellow", "refuse": "red"}
 NOTHING = "–"
+MOST_ROWS, ROWS_EACH = 400, 10
+"""Stages that a plan lists one by one; of more it lists a few of each kind."""
 WRAPPED = ("of", "why", "methods")
 """Columns that give way on a narrow terminal."""
 
@@ -66,7 +69,10 @@ def _stage_table(experiment: Experiment, actions: list[Action]) -> Table:
         found = cell_costs(cell)
         costs |= {stage.identity: found[stage.name] for stage in cell.stages if stage.name in found}
     table = _table("Stages", "stage", "of", "action", "memory", "FLOPs", "why")
-    for action in actions:
+    for action, more in _shown(actions):
+        if action is None:
+            table.add_row(NOTHING, Text(more), "", "", "", "")
+            continue
         cost = costs.get(action.stage.identity, Cost(None, None))
         table.add_row(
             action.stage.name,
@@ -77,6 +83,19 @@ def _stage_table(experiment: Experiment, actions: list[Action]) -> Table:
             Text(action.reason),
         )
     return table
+
+
+def _shown(actions: list[Action]) -> Iterator[tuple[Action | None, str]]:
+    """The actions, or of a large plan the first of each kind of stage and action, and how many more there are."""
+    seen: Counter[tuple[str, str]] = Counter()
+    for action in actions:
+        seen[action.stage.name, action.kind] += 1
+        if len(actions) <= MOST_ROWS or seen[action.stage.name, action.kind] <= ROWS_EACH:
+            yield action, ""
+    if len(actions) > MOST_ROWS:
+        for (name, kind), count in seen.items():
+            if count > ROWS_EACH:
+                yield None, f"and {count - ROWS_EACH:,} more {name}: {kind}"
 
 
 def _worker_lines(experiment: Experiment, names: set[str]) -> list[str]:

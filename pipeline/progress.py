@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 QUIET_INTERVAL_S = 30.0
+SHARE = 20
+"""A look takes at most about one part in so many of the driver's time: with thousands of cells it takes a while."""
 STYLES = {
     "done": "green",
     "running": "cyan",
@@ -82,9 +84,10 @@ class Progress:
             self._looked.set()
 
     def _loop(self, live: Live | None) -> None:
-        last = False
+        last, pause = False, 0.0
         while not last:
-            last = self._end.wait(0.0 if self._before is None else INTERVAL_S)
+            last = self._end.wait(pause)
+            begun = time.monotonic()
             now = self._watch.snapshot()
             for line in events(self._before, now):
                 self._console.print(line, soft_wrap=True)
@@ -96,6 +99,7 @@ class Progress:
                     self._console.print(line, soft_wrap=True)
             self._before = now
             self._looked.set()
+            pause = max(INTERVAL_S, SHARE * (time.monotonic() - begun))
 
 
 def events(before: Snapshot | None, now: Snapshot) -> list[Text]:
@@ -133,8 +137,8 @@ def _event(stage: StageView, now: Snapshot) -> str:
 
 def title(stage: StageView, now: Snapshot) -> str:
     """The cell that a stage belongs to, or the stage's own label where several cells share it."""
-    users = [view for view in now.cells if any(own.identity == stage.identity for own in view.own)]
-    return users[0].cell.label if users else stage.label
+    owner = now.owners.get(stage.identity)
+    return stage.label if owner is None else owner.label
 
 
 def running_stages(now: Snapshot) -> list[str]:

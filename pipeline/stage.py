@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.fingerprint import canonical, fingerprint
+from pipeline.fingerprint import canonical, fingerprint, fingerprint_of_canonical
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
@@ -94,7 +94,7 @@ class Stage:
             raise ValueError(f"function {self.function!r} of stage {self.name}: write it as package.module:function")
         object.__setattr__(self, "config", canonical(self.config, "config"))
         object.__setattr__(self, "inputs", {key: self.inputs[key] for key in sorted(self.inputs)})
-        object.__setattr__(self, "identity", fingerprint(self.description))
+        object.__setattr__(self, "identity", fingerprint_of_canonical(self.description))
 
     @property
     def description(self) -> dict[str, Any]:

@@ -19,11 +19,13 @@ every file is compared too (`verify`), once per process as long as the files sta
 
 from __future__ import annotations
 
+import heapq
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -41,6 +43,10 @@ from pipeline.stage import Stage
 
 log = logging.getLogger(__name__)
 
+_COMPARED = 64
+"""Artifacts that a missing one is compared with, to say in what it differs from what is there."""
+_TICK_S = 0.1
+"""Longer than a tick of the clock that a local file system takes its times from."""
 _STEP = re.compile(r"step-(\d+)")
 
 State = Literal["done", "running", "failed", "waiting", "stopped", "interrupted", "altered", "missing"]
@@ -91,6 +97,7 @@ class Store:
         self._ttl = ttl
         self._verify = verify
         self._watches: dict[Path, Watch] = {}
+        self._listings: dict[Path, tuple[float, dict[str, list[str]]]] = {}
 
     # --- where things are
 
@@ -99,9 +106,10 @@ class Store:
         claimed = self.root / ".claims" / identity
         if claimed.is_symlink() and self._is_artifact(claimed.readlink(), identity):
             return self.root / claimed.readlink()
-        found = [path for path in self._entries(name) if path.name.rpartition("_")[2] == identity and path.is_dir()]
-        found.sort(key=lambda path: (not (path / "payload" / RECORD_FILE).exists(), path.name))
-        return found[0] if found else None
+        named = (parent / found for parent in self._kinds(name) for found in self._names(parent).get(identity, ()))
+        folders = [path for path in named if path.is_dir()]
+        folders.sort(key=lambda path: (not (path / "payload" / RECORD_FILE).exists(), path.name))
+        return folders[0] if folders else None
 
     def _is_artifact(self, place: Path, identity: str) -> bool:
         """Whether a claim points at a folder of the store that is named by its identity: a link may say anything."""
@@ -148,10 +156,30 @@ class Store:
             write_json(folder / IDENTITY_FILE, content)
         return folder
 
-    def _entries(self, name: str = "*") -> Iterator[Path]:
-        for parent in sorted(self.root.glob(name)):
-            if not parent.name.startswith(".") and parent.is_dir():
-                yield from sorted(parent.iterdir())
+    def _kinds(self, name: str) -> list[Path]:
+        """The folders of kinds of stages that `name` matches."""
+        if name != "*":
+            return [self.root / name]
+        return sorted(path for path in self.root.glob("*") if not path.name.startswith(".") and path.is_dir())
+
+    def _names(self, parent: Path) -> dict[str, list[str]]:
+        """Identity -> names of the folders in `parent` that end with it; listed again only when a name came or went.
+
+        A large sweep asks for thousands of stages that have no folder yet, and the folder has thousands of others."""
+        try:
+            changed = parent.stat().st_mtime
+            if parent in self._listings and self._listings[parent][0] == changed:
+                return self._listings[parent][1]
+            names: dict[str, list[str]] = {}
+            for path in sorted(parent.iterdir()):
+                names.setdefault(path.name.rpartition("_")[2], []).append(path.name)
+        except OSError:
+            return {}  # not there, or no folder: nothing is in it
+        if (
+            time.time() - changed > _TICK_S
+        ):  # what comes within the same tick of the file system's clock would be missed
+            self._listings[parent] = (changed, names)
+        return names
 
     # --- artifacts
 
@@ -178,12 +206,15 @@ class Store:
         return False
 
     def nearest(self, stage: Stage) -> Nearest | None:
-        """The finished artifact of the same stage that differs in the fewest fields, or None without any."""
-        wanted = stage.full_description
+        """The finished artifact of the same stage that differs in the fewest fields, or None without any.
+
+        Of thousands only those are compared whose labels are most alike: labels name teacher, ratio, method and seed."""
+        others = self._alike(stage)
+        wanted = stage.full_description if others else {}
         best: tuple[int, float, Nearest] | None = None
-        for folder in self._entries(stage.name):
+        for folder in others:
             record = folder / "payload" / RECORD_FILE
-            if folder.name.endswith(stage.identity) or not record.exists():
+            if not record.exists():
                 continue
             try:
                 there: Any = json.loads((folder / IDENTITY_FILE).read_bytes())["description"]
@@ -195,6 +226,13 @@ class Store:
             if best is None or key < best[:2]:
                 best = (*key, Nearest(f"{stage.name}/{folder.name}", found))
         return None if best is None else best[2]
+
+    def _alike(self, stage: Stage) -> list[Path]:
+        """Other folders of the same kind of stage, those with the most similar labels first; not all, if there are many."""
+        parent, own = self.root / stage.name, stage.folder_name
+        others = [name for names in self._names(parent).values() for name in names if not name.endswith(stage.identity)]
+        alike = heapq.nsmallest(_COMPARED, others, key=lambda name: (-_common(name, own), name))
+        return [parent / name for name in alike]
 
     # --- attempts
 
@@ -318,6 +356,11 @@ def _checked(folder: Path, identity: str, full: bool) -> Record | None:
     raise AlteredArtifact(
         f"{folder}: this artifact was altered: {problems[0]}{more}; restore its payload, or run again to build it anew"
     )
+
+
+def _common(one: str, other: str) -> int:
+    """Characters that two names begin with alike."""
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
 
 
 def _holder(seen: Sighting) -> str:

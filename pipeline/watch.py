@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -113,12 +114,17 @@ class Snapshot:
     time: float
     cells: tuple[CellView, ...]
 
-    @property
+    @cached_property
     def stages(self) -> dict[str, StageView]:
         """Every stage once, by identity, in the order of the cells."""
         return {stage.identity: stage for view in self.cells for stage in view.stages}
 
-    @property
+    @cached_property
+    def owners(self) -> dict[str, Cell]:
+        """Identity of a stage that only one cell has -> that cell."""
+        return {stage.identity: view.cell for view in self.cells for stage in view.own}
+
+    @cached_property
     def counts(self) -> Counter[str]:
         """Cells in each state."""
         return Counter(view.state for view in self.cells)
@@ -127,23 +133,29 @@ class Snapshot:
     def seconds_left(self) -> float | None:
         """Estimate of the time until every cell is done; None until every kind of open stage has a known duration."""
         stages = list(self.stages.values())
-        work = [_work_left(stage, stages) for stage in stages if stage.state not in ("done", "failed", "stopped")]
+        alike = _durations(stages)
+        work = [
+            alike.get(stage.name) if stage.seconds_left is None else stage.seconds_left
+            for stage in stages
+            if stage.state not in ("done", "failed", "stopped")
+        ]
         known = [seconds for seconds in work if seconds is not None]
         at_once = max(1, sum(stage.state == "running" for stage in stages))
         return sum(known) / at_once if len(known) == len(work) else None
 
 
-def _work_left(stage: StageView, stages: Sequence[StageView]) -> float | None:
-    if stage.seconds_left is not None:
-        return stage.seconds_left
-    alike = [other for other in stages if other.name == stage.name]
-    finished = [other.seconds for other in alike if other.seconds is not None]
-    going = [
-        other.seconds_left * other.steps / (other.steps - other.step)
-        for other in alike
-        if other.seconds_left is not None and other.step < other.steps
-    ]
-    return sum(finished) / len(finished) if finished else max(going, default=None)
+def _durations(stages: Sequence[StageView]) -> dict[str, float]:
+    """Kind of stage -> how long one takes: the mean of the finished, else the longest of what runs at its own speed."""
+    finished: dict[str, list[float]] = {}
+    going: dict[str, list[float]] = {}
+    for stage in stages:
+        if stage.seconds is not None:
+            finished.setdefault(stage.name, []).append(stage.seconds)
+        elif stage.seconds_left is not None and stage.step < stage.steps:
+            whole = stage.seconds_left * stage.steps / (stage.steps - stage.step)
+            going.setdefault(stage.name, []).append(whole)
+    means = {name: sum(seconds) / len(seconds) for name, seconds in finished.items()}
+    return {name: max(seconds) for name, seconds in going.items()} | means
 
 
 class Watch:
