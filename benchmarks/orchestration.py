@@ -147,8 +147,12 @@ def print_rows(rows: list[dict[str, float]]) -> None:
         shown += [f"{row['alone_s'] / row['cells']:.3f}" if "alone_s" in row else "–"]
         shown += [f"{row['memory_before_mb']:g} → {row['memory_after_mb']:g} MiB" if "memory_before_mb" in row else "–"]
         print("| " + " | ".join(shown) + " |")
-    for row in rows:
-        print(json.dumps(row))
+
+
+def _said(row: dict[str, float]) -> dict[str, float]:
+    """The row, printed as a JSON line at once: what follows takes longer."""
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def plan_only(count: int, folder: Path) -> dict[str, float]:
@@ -176,8 +180,8 @@ def main() -> None:
     )
     sys.path.insert(0, str(here.parent))
     with tempfile.TemporaryDirectory(prefix="orchestration-") as folder:
-        rows = [measure(count, Path(folder), not given.no_ray) for count in given.cells]
-        rows += [plan_only(count, Path(folder)) for count in given.plan]
+        rows = [_said(plan_only(count, Path(folder))) for count in given.plan]
+        rows += [_said(measure(count, Path(folder), not given.no_ray)) for count in given.cells]
     print_rows(rows)
 
 
