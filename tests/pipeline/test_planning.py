@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from overfill.shapes import ModelShape
 from pipeline.config import StageResources
 from pipeline.config_training import TrainingConfig
 from pipeline.cost import training_memory
-from pipeline.planning import count, size
+from pipeline.planning import count, print_plan, size
+from pipeline.store import Store
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ModelShape("llama", 128, 352, 4, 4, 4, 32, 100, tied=True)
@@ -68,3 +71,17 @@ def test_counts_are_short(number, words):
 
 def test_sizes_are_binary():
     assert size(3.5 * 2**30) == "3.5 GiB"
+
+
+def test_a_large_plan_lists_some_stages_of_each_kind_and_counts_the_others(tmp_path):
+    from pipeline.config import ExperimentConfig
+    from pipeline.experiment import Experiment
+    from pipeline.sweep import expand
+
+    values = {"name": "x", "teacher": {"pretrain": {}}, "prune": {"hidden": 0.5}, "sweep": {"seeds": list(range(250))}}
+    config = ExperimentConfig.model_validate(values)
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(Experiment(config, expand(config, "x.yaml")), Store(tmp_path), console)
+    text = console.file.getvalue()
+    assert "and 240 more distill: run" in text and "and 240 more evaluate: run" in text
+    assert "250 cells" in text and len(text.splitlines()) < 80

@@ -379,3 +379,21 @@ def test_a_store_that_cannot_be_written_and_one_that_is_a_url_are_users_mistakes
         run_graph([toy()], Store(tmp_path / "file"))
     with pytest.raises(UserError, match="a store is a folder that every node sees"):
         Store("s3://bucket/runs")
+
+
+def test_a_folder_that_is_brought_in_by_hand_is_found_also_by_a_store_that_has_looked_before(store: Store, tmp_path):
+    stage = toy(layers=2)
+    run_graph([toy(layers=5)], store)
+    run_graph([stage], other := Store(tmp_path / "other"))
+    os.utime(store.root / "teacher", (1e9, 1e9))  # long ago, so that the listing is kept
+    assert store.find(stage.identity, "teacher") is None and store.record(stage) is None
+    shutil.copytree(other.folder(stage), store.root / "teacher" / f"brought_{stage.identity}")
+    assert store.record(stage) is not None
+
+
+def test_of_many_artifacts_those_with_the_most_similar_labels_are_compared(store: Store, monkeypatch):
+    monkeypatch.setattr("pipeline.store._COMPARED", 2)
+    for label in ("small-0.5-overfill-s0", "small-0.5-pruned-s0", "large-0.5-overfill-s0"):
+        run_graph([toy(label=label, rate=1, name_of=label)], store)
+    nearest = store.nearest(toy(label="small-0.5-overfill-s1", rate=2, name_of="small-0.5-overfill-s0"))
+    assert nearest is not None and nearest.artifact.startswith("teacher/small-0.5-overfill-s0_")
