@@ -32,14 +32,34 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[Diff
 
     An input that several stages share differs once: it is reported at its shortest path."""
     found: dict[tuple[str, str, str], Difference] = {}
-    mine, theirs = dict(leaves(here)), dict(leaves(there))
-    for path in sorted(mine.keys() | theirs.keys(), key=lambda path: (path.count(".inputs."), len(path), path)):
-        a, b = theirs.get(path, _ABSENT), mine.get(path, _ABSENT)
-        if a != b:
-            # `inputs.student.inputs.teacher.config.layers` and `inputs.teacher.config.layers` say the same.
-            innermost = path.rpartition("inputs.")[2]
-            found.setdefault((innermost, a, b), Difference(path, a, b))
+    differing = {path: (a, b) for path, a, b in _differing(there, here, "")}
+    for path in sorted(differing, key=lambda path: (path.count(".inputs."), len(path), path)):
+        a, b = differing[path]
+        # `inputs.student.inputs.teacher.config.layers` and `inputs.teacher.config.layers` say the same.
+        innermost = path.rpartition("inputs.")[2]
+        found.setdefault((innermost, a, b), Difference(path, a, b))
     return tuple(found.values())
+
+
+def _differing(there: Any, here: Any, path: str) -> Iterator[tuple[str, str, str]]:
+    """(path, value there, value here) of the leaves that differ. What is equal is not gone into: inputs share inputs, so
+    that a description written out is many times larger than what it describes."""
+    # To Python 1 and 1.0 are equal; as text they are what they are in an identity.
+    if there == here and json.dumps(there, sort_keys=True) == json.dumps(here, sort_keys=True):
+        return
+    if isinstance(there, Mapping) and isinstance(here, Mapping) and there and here:
+        for key in there.keys() & here.keys():
+            yield from _differing(there[key], here[key], f"{path}.{key}" if path else key)
+        theirs = {where: value for key in there.keys() - here.keys() for where, value in _below(there, key, path)}
+        mine = {where: value for key in here.keys() - there.keys() for where, value in _below(here, key, path)}
+    else:
+        theirs, mine = dict(leaves(there, path)), dict(leaves(here, path))
+    for where in theirs.keys() | mine.keys():
+        yield where, theirs.get(where, _ABSENT), mine.get(where, _ABSENT)
+
+
+def _below(values: Mapping[str, Any], key: str, path: str) -> Iterator[tuple[str, str]]:
+    return leaves(values[key], f"{path}.{key}" if path else key)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -43,7 +43,7 @@ from pipeline.stage import Stage
 
 log = logging.getLogger(__name__)
 
-_COMPARED = 64
+_COMPARED = 16
 """Artifacts that a missing one is compared with, to say in what it differs from what is there."""
 _TICK_S = 0.1
 """Longer than a tick of the clock that a local file system takes its times from."""
