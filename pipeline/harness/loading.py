@@ -143,9 +143,9 @@ def _placed(files: Any, places: Sequence[Path], task: str) -> Any:
         return {split: _placed(part, places, task) for split, part in files.items()}
     if isinstance(files, list):
         return [_placed(part, places, task) for part in files]
-    found = [place / files for place in places if "://" in str(files) or any(place.glob(str(files)))]
-    if Path(files).is_absolute() or "://" in str(files):
+    if Path(files).is_absolute() or "://" in files:
         return files
+    found = [place / files for place in places if any(place.glob(files))]
     if not found:
         where = " nor in ".join(map(str, places))
         raise UserError(

@@ -148,6 +148,16 @@ def test_data_are_found_beside_the_task_or_where_the_user_says(tmp_path, folder)
     assert list(scores.values()) == [[1, 1], [0, 1], [0, 0]]
 
 
+def test_data_files_may_be_anywhere_and_many(tmp_path, folder):
+    (tmp_path / "documents-0.jsonl").write_text((folder / "documents.jsonl").read_text())
+    own = write_tasks(tmp_path / "own")
+    common = (own / "_common").read_text()
+    for files in (f"'{folder / 'documents.jsonl'}'", "[documents.jsonl, documents-*.jsonl]"):
+        (own / "_common").write_text(common.replace("test: documents.jsonl", f"test: {files}"))
+        asked = TaskSettings(tasks=("write",), folder=own, data=tmp_path)
+        assert len(load(asked).tasks["write"].eval_docs) == len(DOCUMENTS) * (2 if files.startswith("[") else 1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
