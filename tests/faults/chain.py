@@ -203,7 +203,8 @@ class _Chain:
             if stage not in damaged and (there[stage].attempt, there[stage].finished) != before:
                 problems.append(f"{stage} was finished (attempt {before[0]}) and was done again")
         for stage, count, step in self.saved:
-            if (began := self.place.starts(stage)[count : count + 1]) and began[0] < step:
+            began = self.place.starts(stage)[count : count + 1]
+            if stage not in damaged and began and began[0] < step:
                 problems.append(f"{stage} went on from step {began[0]}, and step {step} was saved")
         self.outcome.problems += problems
 

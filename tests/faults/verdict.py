@@ -26,8 +26,9 @@ MEASURED = ("benchmark",)
 """Stages whose payload is a measurement and differs from run to run."""
 CLOCKS = ("train/tokens_per_second",)
 """Metrics that depend on the time."""
-KEPT_BY_GC = ("set aside as altered",)
-"""Reasons of `overfill gc` for what may be left: evidence that something was damaged from outside."""
+KEPT_BY_GC = ("set aside as altered", "of a run that has ended")
+"""Reasons of `overfill gc` for what may be left: evidence of damage from outside; Ray Tune's folders, once they are old,
+which they are at once when the times of files are moved."""
 
 
 @dataclass(frozen=True)
