@@ -379,7 +379,7 @@ def test_tasks_are_shared_out_among_workers_and_every_sample_is_kept(finished, t
     for folder in store.glob("tasks/*"):
         assert parquet.ParquetFile(folder / "payload" / "samples.parquet").metadata.num_rows == 8
         steps = [json.loads(line) for line in (folder / "progress" / "metrics.jsonl").read_text().splitlines()]
-        assert (steps[-1]["step"], steps[-1]["steps"]) == (8, 8)
+        assert max((line["step"], line["steps"]) for line in steps) == (8, 8)  # the workers' last lines may cross
         assert not (folder / "progress" / "shards").exists(), "a finished stage needs no shards"
     assert "2 cells, 6 stages: 6 reuse" in overfill("plan", *command, store=store).stdout
     wrong = overfill("run", "tiny.yaml", "--set", "evaluate.tasks=[toy_gett]", store=store, code=2)
