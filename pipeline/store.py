@@ -253,7 +253,9 @@ class Store:
 
     def facts(self, stage: Stage, explain: bool = True) -> Facts:
         """All that `resume.plan` wants to know of a stage; `explain` adds the nearest artifact of a missing one."""
-        folder = self.folder(stage)
+        folder = self.find(stage.identity, stage.name)
+        if folder is None:  # as most of a large sweep, before it runs
+            return Facts(nearest=self.nearest(stage) if explain else None)
         # The lease first: a builder publishes before it releases, so a free lease and no record mean there is none.
         seen = self.sighting(folder)
         try:
