@@ -20,7 +20,7 @@ from typing import Any
 
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig, StageResources
-from pipeline.fitting import NodeShape, check_cluster, check_stage, totals
+from pipeline.fitting import NodeShape, check_cluster, check_stage, totals, worker_bundle
 from pipeline.machine import usable_cpus
 from pipeline.masking import mask_uri
 
@@ -51,11 +51,10 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has in all, and on its largest node."""
+    """What a cluster has in all."""
 
     cpus: float
     gpus: float
-    node_cpus: float
 
 
 def set_environment() -> None:
@@ -136,8 +135,14 @@ def capacity() -> Capacity:
     return Capacity(
         cpus=max(nodes.get("CPU", 0.0) for nodes in most),
         gpus=max(nodes.get("GPU", 0.0) for nodes in most),
-        node_cpus=max((node.resources.get("CPU", 0.0) for node in [*now, *later]), default=0.0),
     )
+
+
+def largest_node(resources: StageResources) -> float:
+    """CPUs of the largest node that can hold a worker of a stage."""
+    now, later = node_shapes()
+    able = [node for node in [*now, *later] if node.holds(worker_bundle(resources))]
+    return max((node.resources["CPU"] for node in able), default=0.0)
 
 
 def node_shapes() -> tuple[list[NodeShape], list[NodeShape]]:

@@ -128,13 +128,9 @@ def server_url(address: str | None) -> str:
 
 def unreachable(shown: str, error: requests.RequestException) -> UserError:
     """The sentence for a server that does not answer."""
-    if isinstance(error, requests.Timeout):
-        reason = "no answer in time"
-    else:
-        reason = next((word for word in ("refused", "resolve", "unreachable") if word in str(error)), "")
-        reason = {"refused": "connection refused", "resolve": "unknown host", "unreachable": "host unreachable"}.get(
-            reason, type(error).__name__
-        )
+    reasons = {"refused": "connection refused", "resolve": "unknown host", "unreachable": "host unreachable"}
+    told = (reason for word, reason in reasons.items() if word in str(error))
+    reason = "no answer in time" if isinstance(error, requests.Timeout) else next(told, type(error).__name__)
     return UserError(
         f"--address {shown}: no job server answers ({reason}); is the cluster up, and `ray dashboard` open towards it?"
     )

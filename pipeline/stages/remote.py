@@ -16,7 +16,7 @@ from functools import partial
 import ray
 
 from overfill.errors import UserError, disk_full
-from pipeline.cluster import capacity
+from pipeline.cluster import largest_node
 from pipeline.config import StageResources
 from pipeline.fitting import worker_bundle
 from pipeline.stage import StageRun, Stopped
@@ -57,7 +57,7 @@ def run_on_workers(works: Sequence[Work], run: StageRun, *, exclusive: bool = Fa
     bundle = worker_bundle(resources)
     cpus, gpus = bundle.pop("CPU"), bundle.pop("GPU", 0.0)
     if exclusive:  # the whole of a shared GPU, or of a node
-        cpus, gpus = cpus if gpus else max(1.0, float(int(capacity().node_cpus))), float(math.ceil(gpus))
+        cpus, gpus = cpus if gpus else max(1.0, float(int(largest_node(resources)))), float(math.ceil(gpus))
     task = ray.remote(_guarded).options(
         num_cpus=cpus,
         num_gpus=gpus,
