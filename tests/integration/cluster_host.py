@@ -41,8 +41,8 @@ class Host:
         self.add("b")
 
     def add(self, name: str) -> None:
-        """Another node of one CPU, which says that it has a type of GPU that nobody sells."""
-        self._cluster.add_node(num_cpus=1, resources={"accelerator_type:FAKE": 1}, **self._node(name))
+        """Another node of one CPU with a resource of its own name."""
+        self._cluster.add_node(num_cpus=1, resources={name: 1}, **self._node(name))
 
     def _node(self, name: str) -> dict[str, Any]:
         """A folder of its own for each node: otherwise they unpack a job's files over each other."""
