@@ -150,7 +150,7 @@ def ui(
     from pipeline.commands import serve_ui
     from pipeline.experiment import open_store
 
-    _exit(serve_ui(open_store(store), host, port, serve))
+    serve_ui(open_store(store), host, port, serve)
 
 
 @app.command()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
@@ -117,13 +115,14 @@ def print_experiment_status(experiment: Experiment, store: Store, address: str |
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def serve_ui(store: Store, host: str | None, port: int, serve: bool = False) -> int:
-    """Run the MLflow server on the store's database until it is interrupted; its exit code.
+def serve_ui(store: Store, host: str | None, port: int, serve: bool = False) -> NoReturn:
+    """Become the MLflow server on the store's database, after saying where each sweep is to be seen.
 
     With `serve` it is there for the drivers of a cluster: it may begin empty, and where it listens must be said.
     Raises UserError when the port is taken or when there is nothing to show."""
     from pipeline.masking import mask_uri
     from pipeline.tracking import LOOPBACK, tracking_uri, ui_command
+    from pipeline.tracking_view import saved_views
 
     if serve and host is None:
         raise UserError("--serve: say with --host at which address of this machine the cluster reaches it")
@@ -142,7 +141,8 @@ def serve_ui(store: Store, host: str | None, port: int, serve: bool = False) -> 
         except OSError as error:
             raise UserError(f"--port {port}: {error.strerror} on {host}; give another port with --port") from error
     command, environment = ui_command(store.root, port, host)
-    Console(stderr=True).print(f"MLflow UI: http://{host}:{port} (Ctrl-C ends it)", highlight=False)
-    with contextlib.suppress(KeyboardInterrupt):
-        return subprocess.run(command, env=os.environ | environment, check=False).returncode
-    return 0
+    console, address = Console(stderr=True), f"http://{host}:{port}"
+    console.print(f"MLflow UI: {address} (Ctrl-C ends it)", highlight=False)
+    for name, path in saved_views(store.root / "sweeps", mask_uri(tracking_uri(store.root))):
+        console.print(f"  {name}: {address}{path}", highlight=False, soft_wrap=True)
+    os.execve(command[0], command, os.environ | environment)  # noqa: S606 - in our place: no server outlives its command

@@ -8,7 +8,7 @@ training) go to the parent run under `<stage>/<label>/…`, once. Final metrics 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 CELL_STAGE = "distill"
 """The stage whose curve is the cell's own."""
+TOKENS = "train/tokens"
+"""Corpus tokens read so far, at every logged step."""
+NOTED = (
+    ("eval/exact_match", "exact match", 100.0, "%"),
+    ("eval/perplexity", "perplexity", 1.0, ""),
+    ("latency/ttft_s", "time to first token", 1000.0, "ms"),
+    ("latency/tpot_s", "time per output token", 1000.0, "ms"),
+    ("latency/speed_up", "speed-up over the full model", 1.0, "x"),
+    ("shape/parameters_kept", "parameters kept", 100.0, "%"),
+)
+"""Results in a cell's description: metric, words, factor, unit."""
 TEXT_LIMIT = 7500
 """MLflow cuts tags at 8,000 characters."""
 
@@ -116,17 +127,32 @@ def tags(view: CellView, commit: str | None) -> dict[str, str]:
     return found
 
 
-def _note(view: CellView, failure: str) -> str:
+def _note(view: CellView, body: str) -> str:
     folders = "\n".join(f"- {stage.name}: `{stage.folder}`" for stage in view.stages if stage.state != "missing")
-    return f"**{view.cell.label}** ({view.state})\n\n{failure}\n\n{folders}"[:TEXT_LIMIT]
+    return f"**{view.cell.label}** ({view.state})\n\n{body}\n\n{folders}"[:TEXT_LIMIT]
+
+
+def result_note(view: CellView, results: Sequence[Value]) -> str:
+    """A finished cell's description: its results as a table, then where its artifacts lie."""
+    found = {value.key: value.value for value in results}
+    lines = [f"| {words} | {found[key] * scale:.4g} {unit} |" for key, words, scale, unit in NOTED if key in found]
+    return _note(view, "\n".join(["| | |", "| :--- | ---: |", *lines]))
+
+
+def report_note(run: str, report: str) -> str:
+    """The sweep's description: the report's tables, and its plot as the server has it among the run's artifacts."""
+    plot = f"\n\n![Accuracy over latency](get-artifact?path=report%2Fpareto.png&run_uuid={run})\n"
+    return report[: TEXT_LIMIT - len(plot)] + plot
 
 
 def curve_values(curve: Curve, logged: Mapping[str, int], prefix: str = "") -> list[Value]:
-    """The values of a curve behind what is `logged` (metric -> highest step that the run has), by rising step."""
+    """The values of a curve behind what is `logged` (metric -> highest step that the run has), by rising step.
+
+    The tokens read so far are a metric of their own (`TOKENS`), so that a chart can have them as its axis."""
     return [
         Value(prefix + name, value, point.step, point.time)
         for _, point in sorted(curve.points.items())
-        for name, value in point.metrics.items()
+        for name, value in [*point.metrics.items(), *([(TOKENS, float(point.tokens))] if point.tokens else [])]
         if point.step > logged.get(prefix + name, -1)
     ]
 
@@ -139,8 +165,7 @@ def shared_prefix(stage: StageView, snapshot: Snapshot) -> str:
 
 
 def final_values(view: CellView, row: Row) -> list[Value]:
-    """The cell's results: records' metrics and its own latency, at the step of its last training step."""
-    step = next((stage.steps for stage in view.stages if stage.name == CELL_STAGE and stage.steps), 0)
+    """The cell's results: records' metrics and its own latency. At step 0: MLflow draws bars of those, else curves."""
     end = max((stage.finished for stage in view.stages if stage.finished is not None), default=0.0)
     found: dict[str, Any] = {
         "eval/exact_match": row["exact_match"],
@@ -158,12 +183,15 @@ def final_values(view: CellView, row: Row) -> list[Value]:
         "shape/ratio_effective": row["ratio_effective"],
         "cost/train_tokens": row["train_tokens"],
     }
+    for name in ("ttft", "tpot"):  # in milliseconds too, for the UI shows two decimals
+        if _number(seconds := found[f"latency/{name}_s"]):
+            found[f"latency/{name}_ms"] = 1000.0 * seconds
     if row["exact_match_interval"] is not None:
         found["eval/exact_match_low"], found["eval/exact_match_high"] = row["exact_match_interval"]
     for stage in view.stages:
         if stage.name in (CELL_STAGE, "evaluate"):
             found[f"cost/{stage.name}_s"] = stage.seconds
-    return [Value(key, float(value), step, end) for key, value in found.items() if _number(value)]
+    return [Value(key, float(value), 0, end) for key, value in found.items() if _number(value)]
 
 
 def _number(value: Any) -> bool:

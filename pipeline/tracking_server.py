@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from pipeline.pyfunc_model import MAX_NEW_TOKENS, REFERENCE_FILE
 from pipeline.tracking_content import RunStatus, Value
+from pipeline.tracking_models import DatasetUse, LoggedStudent
 from pipeline.tracking_sync import KEY_TAG, Known
 
 EXPERIMENT = "overfill"
@@ -119,6 +121,66 @@ class MlflowServer:
                 target.parent.mkdir(exist_ok=True)
                 target.write_bytes(content.read_bytes() if isinstance(content, Path) else content.encode())
             self._client.log_artifacts(run, folder)
+
+    def describe(self, tags: dict[str, str]) -> str:
+        """Tag the experiment; returns its id."""
+        for name, value in tags.items():
+            self._client.set_experiment_tag(self._experiment, name, value)
+        return self._experiment
+
+    def link(self, run: str, datasets: Sequence[DatasetUse], student: LoggedStudent | None) -> None:
+        """Data sets as inputs of the run, the student as its output; MLflow itself keeps a data set once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        self._client.log_inputs(
+            run,
+            [
+                DatasetInput(
+                    Dataset(use.name, use.digest, use.source_type, use.source, profile=use.profile),
+                    [InputTag("mlflow.data.context", use.context)],
+                )
+                for use in datasets
+            ],
+        )
+        if student is not None and not self._client.get_run(run).outputs.model_outputs:
+            self._log_student(run, student)
+
+    def _log_student(self, run: str, student: LoggedStudent) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        key = f"tags.`{KEY_TAG}` = '{run}'"
+        found = self._client.search_logged_models([self._experiment], key, max_results=1)
+        model = (
+            found[0]
+            if found
+            else self._client.create_logged_model(
+                self._experiment, student.name, run, {KEY_TAG: run}, student.parameters, "overfill"
+            )
+        )
+        with tempfile.TemporaryDirectory(prefix="overfill-mlflow-") as folder:
+            write_model(Path(folder), student, model.model_id, run)
+            self._client.log_model_artifacts(model.model_id, folder)
+        self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
+
+
+def write_model(folder: Path, student: LoggedStudent, model_id: str, run: str) -> None:
+    """Write a pyfunc model that is loaded by a module of ours: no pickle, no copy of the weights."""
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    for name, text in student.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "requirements.txt").write_text("overfill\n", encoding="utf-8")
+    signature = ModelSignature(
+        Schema([ColSpec(DataType.string, "prompt")]),
+        Schema([ColSpec(DataType.string)]),
+        ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)]),
+    )
+    model = Model(run_id=run, model_id=model_id, signature=signature)
+    pyfunc.add_to_model(model, loader_module="pipeline.pyfunc_model", data=REFERENCE_FILE)
+    model.save(str(folder / "MLmodel"))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
 """Bringing MLflow's runs in line with the store: decides what to say, leaves the saying to a `Server`.
 
-What was said is remembered in `<store>/sweeps/<name>/mlflow.json`, per server: run ids, the last status of each run,
-and a fingerprint of what its end state contained. The file is a memory, not the truth: for a run that is not at its end
-the server is asked which steps it has, because a kill can fall between a message and the memory of it. Every run
-carries a tag that is derived from a token in the file, so that even a run whose id was never written down is found.
+What was said is remembered (`pipeline.tracking_ledger`), but the memory is not the truth: for a run that is not at its
+end the server is asked which steps it has, because a kill can fall between a message and the memory of it. Every run
+carries a tag that is derived from a token in the ledger, so that even a run whose id was never written down is found.
 """
 
 from __future__ import annotations
@@ -15,14 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel
-
 from overfill.errors import UserError
 from pipeline.fingerprint import fingerprint
-from pipeline.record import read_json, write_json
 from pipeline.tracking_content import (
     CELL_STAGE,
-    TEXT_LIMIT,
     RunStatus,
     Value,
     curve_values,
@@ -30,18 +25,23 @@ from pipeline.tracking_content import (
     final_values,
     parameters,
     parent_status,
+    report_note,
+    result_note,
     shared_prefix,
     start_time,
     tags,
     wanted_status,
 )
+from pipeline.tracking_ledger import Entry, Ledger
+from pipeline.tracking_models import TABLES_TAG, DatasetUse, LoggedStudent, datasets, sample_tables, student
+from pipeline.tracking_view import KIND_TAGS, view_tag
 from pipeline.watch import CellView, Snapshot, Watch
 
 if TYPE_CHECKING:
     from pipeline.store import Store
     from pipeline.sweep import Cell
 
-FORMAT = 1
+FORMAT = 2
 """Raised when runs that are at their end should be written once more."""
 KEY_TAG = "overfill.key"
 REPORT_INTERVAL_S = 300.0
@@ -84,37 +84,13 @@ class Server(Protocol):
         """Store artifacts: name -> text, or a file to copy."""
         ...
 
+    def describe(self, tags: dict[str, str]) -> str:
+        """Tag the experiment that the runs are in; returns its id."""
+        ...
 
-class Entry(BaseModel):
-    """What is remembered of one run."""
-
-    run: str
-    status: str = ""
-    content: str = ""
-    """Fingerprint of what was sent with the end state; empty until all of it has arrived."""
-
-    def is_at_end(self, status: RunStatus, content: str) -> bool:
-        """Whether this is an end state, and the server has all of it."""
-        return self.status == status != "RUNNING" and self.content == content
-
-
-class Ledger(BaseModel):
-    """What is remembered of a sweep on one server."""
-
-    token: str
-    parent: Entry | None = None
-    cells: dict[str, Entry] = {}
-
-    @classmethod
-    def read(cls, path: Path, server: str) -> Ledger:
-        """The part of the file that is about `server` (a masked URI); a new one when there is none."""
-        known = (read_json(path) or {}).get(server)
-        return cls(token=uuid.uuid4().hex) if known is None else cls.model_validate(known)
-
-    def write(self, path: Path, server: str) -> None:
-        """Replace that part of the file, atomically; the other servers' parts stay."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, (read_json(path) or {}) | {server: self.model_dump(mode="json")})
+    def link(self, run: str, datasets: Sequence[DatasetUse], student: LoggedStudent | None) -> None:
+        """Say what data a run has read and which model came out of it; what was said already is left as it is."""
+        ...
 
 
 @dataclass
@@ -197,13 +173,14 @@ class Sync:
         if entry is None:
             self._save(self._ledger)  # the token first: by it a run is found whose id never came back
         key = f"{self._ledger.token}/parent"
-        described = {"sweep": self._sweep.name, "store": str(self._sweep.store.root), KEY_TAG: key}
+        described = {"sweep": self._sweep.name, "role": "sweep", "store": str(self._sweep.store.root), KEY_TAG: key}
         described |= {"mlflow.source.name": "overfill", "mlflow.source.type": "LOCAL"}
         described |= {"commit": self._sweep.commit} if self._sweep.commit else {}
         # A sweep that ran before there was a server began with its first cell; any other begins now.
         begun = [start_time(view) for view in now.cells if now.counts["done"] == len(now.cells)]
         run = self._run(server, entry, key, self._sweep.name, described, None, min(filter(None, begun), default=None))
         self._ledger.parent = entry = entry if entry is not None and entry.run == run else Entry(run=run)
+        self._ledger.experiment = server.describe(KIND_TAGS | dict([view_tag(self._sweep.name, now.time)]))
         self._save(self._ledger)
         self._set_status(server, entry, "RUNNING", None)
         self._upload(server, run, {"experiment.yaml": self._sweep.yaml})
@@ -241,16 +218,20 @@ class Sync:
         known, curve = self._known[entry.run], self._watch.curve(_curve_stage(view))
         values = [] if curve is None else curve_values(curve, known.steps)
         files: dict[str, str | Path] = {}
+        described = self._cell_tags(view, status)
         if status != "RUNNING":
             files["config.yaml"] = _config_yaml(view)  # again, in case it did not arrive at the start
         if status == "FINISHED":
             finals, results = self._results(view)
+            described |= {"mlflow.note.content": result_note(view, finals)}
             files |= results
             values += [value for value in finals if value.step > known.steps.get(value.key, -1)]
         told = {name: value for name, value in parameters(view.cell).items() if name not in known.parameters}
-        self._send(server, entry.run, values, told, self._cell_tags(view, status))
+        self._send(server, entry.run, values, told, described)
         self._set_status(server, entry, status, end_time(view))
         arrived = self._upload(server, entry.run, files)
+        if status == "FINISHED":
+            arrived = self._link(server, entry.run, view) and arrived
         entry.content = _content(view) if arrived and status != "RUNNING" else ""
         self._save(self._ledger)
 
@@ -270,7 +251,9 @@ class Sync:
             return entry
         key = f"{self._ledger.token}/{identity}"
         begun = start_time(view)
-        described = tags(view, self._sweep.commit) | {KEY_TAG: key, "sweep": self._sweep.name}
+        described = (
+            tags(view, self._sweep.commit) | {KEY_TAG: key, "sweep": self._sweep.name, "role": "cell"} | TABLES_TAG
+        )
         run = self._run(server, entry, key, view.cell.label, described, parent, begun)
         entry = entry if entry is not None and entry.run == run else Entry(run=run)
         self._ledger.cells[identity] = entry
@@ -290,7 +273,18 @@ class Sync:
         return final_values(view, found), {
             "result.json": rows_to_json([found]),
             "artifacts.json": rows_to_json([self._places(view)]),
+            **sample_tables(view.cell, self._sweep.store),
         }
+
+    def _link(self, server: Server, run: str, view: CellView) -> bool:
+        """Whether data sets and student were told; like artifacts, they must not keep the metrics from a server."""
+        store = self._sweep.store
+        try:
+            server.link(run, datasets(view.cell, store), student(view.cell, store))
+        except Exception as error:  # a server of another version may know neither
+            self.problems.append(f"data sets and models: {error}")
+            return False
+        return True
 
     def _places(self, view: CellView) -> dict[str, Any]:
         """Where the cell's artifacts lie, with the digests of their files: large files stay in the store."""
@@ -329,7 +323,7 @@ class Sync:
             self.problems.append(f"report: {error}")
             return
         counts = {f"cells_{state}": str(now.counts[state]) for state in ("done", "failed", "stopped")}
-        note = markdown(report)[:TEXT_LIMIT]
+        note = report_note(parent.run, markdown(report))
         self._send(server, parent.run, [], {}, {"mlflow.note.content": note, "cells": str(len(now.cells)), **counts})
         files = write_report(report, self._sweep.folder)
         self._upload(server, parent.run, {f"report/{path.name}": path for path in files})

@@ -9,6 +9,7 @@ by rank 0 to the run's metrics file; Ray Train hears of step checkpoints only, b
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,10 +22,12 @@ from pipeline.training.metrics import LossSums, Rate
 from pipeline.training.schedule import learning_rate
 from pipeline.training.session import Outcome, Session, steps_root
 from pipeline.training.stream import StepRows
+from pipeline.training.system_metrics import system_metrics
 from pipeline.training.validation import validation_nll
 
 MOST_STEPS_BETWEEN_LINES = 10
 LINES_AT_LEAST = 50
+NO_LOAD: Mapping[str, float] = {}
 
 GO_ON, STOP, LEAVE = range(3)
 """What rank 0 says after every step: nothing, that the run is asked to stop, that a node is being taken away."""
@@ -143,7 +146,7 @@ class Recorder:
             "grad_norm": update.grad_norm,
             "tokens_per_second": self._rate.read(),
         }
-        self._write(position, {f"train/{name}": value for name, value in values.items()})
+        self._write(position, {f"train/{name}": value for name, value in values.items()}, system_metrics())
 
     def write_validation(self, position: Position, nll: float) -> Position:
         """The held-out NLL; returns the position with the best so far."""
@@ -152,10 +155,12 @@ class Recorder:
             return position
         return replace(position, best_nll=nll, best_step=position.step)
 
-    def _write(self, position: Position, metrics: dict[str, float]) -> None:
+    def _write(self, position: Position, metrics: dict[str, float], load: Mapping[str, float] = NO_LOAD) -> None:
+        """`load` of the machine is for the curve alone: no result of the run."""
         self.latest = self.latest | metrics
         if self._session.place.first:
-            self._session.run.log_metrics(position.step, self._session.plan.steps, metrics, tokens=position.tokens)
+            steps = self._session.plan.steps
+            self._session.run.log_metrics(position.step, steps, {**metrics, **load}, tokens=position.tokens)
 
 
 def _checkpoint(session: Session, position: Position) -> None:

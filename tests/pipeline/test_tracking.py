@@ -22,8 +22,10 @@ from pipeline.store import Store
 from pipeline.sweep import Cell
 from pipeline.tracking import Tracker, tracking_uri, ui_command
 from pipeline.tracking_content import Value
+from pipeline.tracking_ledger import Ledger
+from pipeline.tracking_models import DatasetUse, LoggedStudent
 from pipeline.tracking_server import without_login
-from pipeline.tracking_sync import KEY_TAG, Known, Ledger, Sweep, Sync
+from pipeline.tracking_sync import KEY_TAG, Known, Sweep, Sync
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Run:
     history: list[tuple[str, int, float]] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
+    datasets: list[DatasetUse] = field(default_factory=list)
+    student: LoggedStudent | None = None
 
 
 class FakeServer:
@@ -45,6 +49,7 @@ class FakeServer:
         self.runs: dict[str, Run] = {}
         self.away = False
         self.takes_artifacts = True
+        self.experiment_tags: dict[str, str] = {}
         self.calls = 0
 
     def find(self, run: str | None, key: str) -> str | None:
@@ -84,6 +89,16 @@ class FakeServer:
         if not self.takes_artifacts:
             raise PermissionError("no bucket")
         self.runs[run].files |= files
+
+    def describe(self, tags: dict[str, str]) -> str:
+        self._answer()
+        self.experiment_tags |= tags
+        return "7"
+
+    def link(self, run: str, datasets: Sequence[DatasetUse], student: LoggedStudent | None) -> None:
+        self._answer()
+        self.runs[run].datasets = list(datasets)
+        self.runs[run].student = student
 
     def _answer(self) -> None:
         self.calls += 1
@@ -263,13 +278,13 @@ def test_metrics_arrive_although_the_artifact_store_refuses_and_artifacts_are_tr
     assert any("no bucket" in problem for problem in sync.problems)
     run = server.run(cells[0])
     assert run.status == "FINISHED"
-    assert ("eval/exact_match", 10, 0.5) in run.history
+    assert ("eval/exact_match", 0, 0.5) in run.history
     assert not sync.up_to_date(sync.snapshot())
     server.takes_artifacts = True
     push(sync, server, final=True)
     assert sync.problems == []
     assert sync.up_to_date(sync.snapshot())
-    assert set(run.files) == {"config.yaml", "result.json", "artifacts.json"}
+    assert set(run.files) == {"config.yaml", "result.json", "artifacts.json", "samples.json"}
     places = json.loads(str(run.files["artifacts.json"]))[0]
     assert len(places["evaluate"]["sha256"]["samples.parquet"]) == 64
 
@@ -300,8 +315,8 @@ def test_the_curve_of_a_shared_stage_is_logged_once_on_the_parent(synthetic: Syn
     sync = new_sync(synthetic, cells)
     push(sync, server)
     push(sync, server, final=True)
-    curves = [key for key, _, _ in server.parent.history]
-    assert curves == ["teacher/small/train/loss"] * 3
+    curves = [(key, step) for key, step, _ in server.parent.history]
+    assert curves == [(f"teacher/small/train/{name}", step) for step in (1, 2, 3) for name in ("loss", "tokens")]
 
 
 def test_each_server_has_its_own_memory_and_none_holds_a_password(tmp_path: Path) -> None:

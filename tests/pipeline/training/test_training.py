@@ -331,8 +331,10 @@ def test_metrics_are_means_over_tokens_and_come_with_every_checkpointed_step(
     trained = [line for line in lines if "train/loss" in line["metrics"]]
     assert [line["step"] for line in trained] == list(range(1, 13))
     assert [line["step"] for line in lines if "validation/nll" in line["metrics"]] == [5, 10, 12]
+    measured = {"train/tokens_per_second", *(name for name in lines[0]["metrics"] if name.startswith("system/"))}
+    assert "system/cpu_utilization_percentage" in measured
     for line, other_line in zip(lines, other_lines, strict=True):
-        for name in line["metrics"].keys() - {"train/tokens_per_second"}:
+        for name in line["metrics"].keys() - measured:
             assert line["metrics"][name] == pytest.approx(other_line["metrics"][name], rel=1e-4), name
     loss = trained[0]["metrics"]
     assert loss["train/loss"] == pytest.approx(loss["train/kl"] + 3.0 * loss["train/kv"], rel=0.2)
