@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from pipeline.store import Store
     from pipeline.sweep import Cell
 
-SAMPLES_FILE = "samples.json"
-TABLES_TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES_FILE, "type": "table"}])}
-"""By which MLflow knows that the file is a table."""
 SPLITS = {"train": "training", "test": "evaluation"}
 """Split of the corpus -> MLflow's word for what it is used for."""
 
@@ -77,19 +74,6 @@ def datasets(cell: Cell, store: Store) -> list[DatasetUse]:
 def _profile(record: Record, split: str) -> dict[str, Any]:
     start = f"data/{split}_"
     return {name.removeprefix(start): value for name, value in record.metrics.items() if name.startswith(start)}
-
-
-def sample_tables(cell: Cell, store: Store) -> dict[str, str]:
-    """Every judged sample of a finished cell as tables that MLflow's UI shows: `samples.json` -> JSON."""
-    stage = cell.stage("evaluate")
-    if stage is None or store.record(stage) is None:
-        return {}
-    import pyarrow.parquet as parquet
-
-    with parquet.ParquetFile(store.payload(stage) / "samples.parquet") as file:
-        table = file.read().to_pydict()
-    rows = [list(row) for row in zip(*table.values(), strict=True)]
-    return {SAMPLES_FILE: json.dumps({"columns": list(table), "data": rows})}
 
 
 def student(cell: Cell, store: Store) -> LoggedStudent | None:

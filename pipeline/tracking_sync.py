@@ -33,7 +33,8 @@ from pipeline.tracking_content import (
     wanted_status,
 )
 from pipeline.tracking_ledger import Entry, Ledger
-from pipeline.tracking_models import TABLES_TAG, DatasetUse, LoggedStudent, datasets, sample_tables, student
+from pipeline.tracking_models import DatasetUse, LoggedStudent, datasets, student
+from pipeline.tracking_samples import sample_tables, tables_tag, task_values
 from pipeline.tracking_view import KIND_TAGS, view_tag
 from pipeline.watch import CellView, Snapshot, Watch
 
@@ -251,9 +252,8 @@ class Sync:
             return entry
         key = f"{self._ledger.token}/{identity}"
         begun = start_time(view)
-        described = (
-            tags(view, self._sweep.commit) | {KEY_TAG: key, "sweep": self._sweep.name, "role": "cell"} | TABLES_TAG
-        )
+        described = tags(view, self._sweep.commit) | tables_tag(view.cell)
+        described |= {KEY_TAG: key, "sweep": self._sweep.name, "role": "cell"}
         run = self._run(server, entry, key, view.cell.label, described, parent, begun)
         entry = entry if entry is not None and entry.run == run else Entry(run=run)
         self._ledger.cells[identity] = entry
@@ -270,7 +270,7 @@ class Sync:
         from pipeline.rows import row
 
         found = row(view.cell, self._sweep.store)
-        return final_values(view, found), {
+        return final_values(view, found) + task_values(view.cell, self._sweep.store), {
             "result.json": rows_to_json([found]),
             "artifacts.json": rows_to_json([self._places(view)]),
             **sample_tables(view.cell, self._sweep.store),
