@@ -43,6 +43,10 @@ PATIENCE_S = 60.0
 PLOTS = """return [...document.querySelectorAll('.js-plotly-plot')].map(plot =>
     ({type: plot.data[0].type, points: plot.data.map(trace => (trace.x || []).length)}))"""
 
+CLICK = """const found = [...document.querySelectorAll(arguments[0])].find(e => e.innerText.includes(arguments[1]));
+    if (found) found.click();
+    return Boolean(found)"""
+
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[SyntheticStore, list]:
@@ -76,6 +80,13 @@ def address(sweep: tuple[SyntheticStore, list]) -> Iterator[str]:
             server.stderr.read()  # or a full pipe would keep it from ending
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0, "the server outlived its command"
+
+
+@pytest.fixture(autouse=True)
+def last_sight(request: pytest.FixtureRequest, browser: Any) -> Iterator[None]:
+    """What the browser showed at the end of a test."""
+    yield
+    keep(browser, f"last-{request.node.name}")
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +133,20 @@ def keep(browser: Any, name: str) -> None:
 
 
 def click(browser: Any, selector: str, label: str = "") -> None:
-    """Click the first element of this selector and text, once it is there."""
-    found = eventually(lambda: [e for e in browser.find_elements("css selector", selector) if label in e.text])
-    browser.execute_script("arguments[0].click()", found[0])
+    """Click the first element of this selector and text, once it is there; in one step, for React replaces elements."""
+    eventually(lambda: browser.execute_script(CLICK, selector, label))
+
+
+def select_all(browser: Any) -> bool:
+    """Tick the table's header, which does nothing before the rows are there; whether the cells can be compared now."""
+    click(browser, ".ag-header input[type=checkbox]")
+    for _ in range(10):
+        time.sleep(0.5)
+        if browser.execute_script(
+            "return [...document.querySelectorAll('button')].some(b => b.innerText.trim() === 'Compare')"
+        ):
+            return True
+    return False
 
 
 def test_the_sweeps_own_view_shows_its_cells_and_what_matters_of_them(browser, address, sweep) -> None:
@@ -139,7 +161,8 @@ def test_the_sweeps_own_view_shows_its_cells_and_what_matters_of_them(browser, a
 
 
 def test_a_filter_by_tag_leaves_the_cells_of_one_method(browser, address) -> None:
-    filtered = "searchFilter=tags.sweep%3D'toy'+and+tags.method%3D'overfill'"
+    filtered = "searchFilter=tags.sweep+%3D+%27toy%27+and+tags.method+%3D+%27overfill%27"
+    filtered += "&orderByKey=metrics.%60eval%2Fexact_match%60&orderByAsc=false"  # by a metric, or parents are shown too
     visit(browser, "about:blank")  # the same page with another query keeps what it shows
     visit(browser, f"{address.split('?')[0]}?{filtered}")
     keep(browser, "filter")
@@ -161,14 +184,15 @@ def test_charts_show_accuracy_and_latency_of_every_cell(browser, address, sweep)
 def test_selected_cells_are_compared_in_parallel_coordinates_and_scatter(browser, address, sweep) -> None:
     visit(browser, address.replace("&compareRunsMode=CHART", ""))
     eventually(lambda: "5 matching runs" in text(browser))
-    click(browser, ".ag-header input[type=checkbox]")
+    eventually(lambda: select_all(browser))
     click(browser, "button", "Compare")
     parallel = eventually(lambda: [p for p in browser.execute_script(PLOTS) if p["type"] == "parcoords"])
     assert parallel
     keep(browser, "compare")
     assert all(cell.label in text(browser) for cell in sweep[1])
-    click(browser, "[role=tab]", "Scatter")
-    eventually(lambda: [p for p in browser.execute_script(PLOTS) if p["type"] == "scatter"])
+    (tab,) = [tab for tab in browser.find_elements("css selector", "[role=tab]") if "Scatter" in tab.text]
+    tab.click()  # with the mouse: tabs do not hear of a click that a script makes
+    eventually(lambda: [p for p in browser.execute_script(PLOTS) if p["type"].startswith("scatter")])
     keep(browser, "compare-scatter")
 
 
@@ -181,7 +205,10 @@ def test_a_cell_shows_its_results_curves_and_samples(browser, address, sweep) ->
     keep(browser, "cell")
     run = browser.current_url.split("?")[0].rstrip("/")
     visit(browser, f"{run}/model-metrics")
-    eventually(lambda: [p for p in browser.execute_script(PLOTS) if p["points"][:1] == [10]])
+    search = "[placeholder='Search metric charts']"
+    (box,) = eventually(lambda: browser.find_elements("css selector", search))
+    box.send_keys("loss")
+    eventually(lambda: any(10 in plot["points"] for plot in browser.execute_script(PLOTS)))
     keep(browser, "curves")
     visit(browser, f"{run}/artifacts/samples.json")
     eventually(lambda: all(word in text(browser) for word in ("reference", "prediction", "2+2")))
