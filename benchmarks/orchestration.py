@@ -1,4 +1,4 @@
-"""What the machinery itself costs: sweeps whose stages do nothing, through the real store, runner, Ray Tune and MLflow.
+"""What the machinery itself costs: sweeps whose stages do nothing, through the real store, runner and Ray Tune.
 
     python benchmarks/orchestration.py [--cells 10 100 1000] [--plan 10000]
 
@@ -6,7 +6,7 @@ For each number of cells, in a fresh store:
 
 - `expand`: the file to cells with identities, and `plan`: what would run (nothing is there yet);
 - `alone`: every cell by `run_graph` in this process, one after another: leases, records, renames, digests, disk syncs;
-- `run`: the same cells by `overfill run`'s own function in another store: Ray Tune, MLflow, progress, two trials per cell
+- `run`: the same cells by `overfill run`'s own function in another store: Ray Tune, progress, no MLflow, two trials per cell
   (accuracy, then latency), as many at once as there are cores. Ray's start is told apart;
 - `again`: finding out that nothing is left to do; `status`: one look at every stage;
 - memory: the driver's resident set before and after.
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from pipeline import experiment
+from pipeline import experiment, tracking
 from pipeline.config import ExperimentConfig
 from pipeline.experiment import Experiment, is_done, planned
 from pipeline.runner import run_graph
@@ -125,6 +125,7 @@ def run_on_ray(whole: Experiment, store: Store) -> dict[str, float]:
             return inner(*arguments)
 
     experiment._accuracy_then_latency = started
+    tracking.Tracker = lambda *_: nullcontext()  # type: ignore[assignment, misc] - it would look for models
     try:
         with timed(found, "all_s"):
             outcomes = experiment.run_missing(whole, store, None, Console(file=sys.stderr))
@@ -171,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, nargs="*", default=[10, 100, 1000])
     parser.add_argument("--plan", type=int, nargs="*", default=[10_000])
-    parser.add_argument("--no-ray", action="store_true", help="Leave out the runs through Ray Tune and MLflow.")
+    parser.add_argument("--no-ray", action="store_true", help="Leave out the runs through Ray Tune.")
     given = parser.parse_args()
     # Trials are other processes: they find this module, and the package, by the path.
     here = Path(__file__).resolve()

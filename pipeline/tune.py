@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
@@ -41,6 +42,8 @@ TRIAL_RETRIES = 3
 LOST_TRIAL = (
     f"the process that drives the cell was killed {TRIAL_RETRIES + 1} times; see whether memory is short, and run again"
 )
+CHUNK = 16
+"""Cells in one object of Ray's store."""
 _POLL_S = 1.0
 
 
@@ -58,15 +61,25 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class _Task:
+    """What a trial gets of its own."""
+
+    cell: Cell
+    before: dict[str, int]
+    """Identity of each of its stages -> the newest attempt that had ended when the sweep began."""
+
+
+@dataclass(frozen=True)
 class _Job:
     """What every trial of a sweep gets."""
 
-    cells: dict[int, Cell]
+    chunks: list[ray.ObjectRef[list[_Task]]]
+    """The cells, `CHUNK` of them in an object: a trial that read all of them would make the sweep's cost quadratic."""
     store_root: Path
     resources: ResourcesConfig
-    asha: AshaConfig | None
+    reports: bool
+    """Whether a scheduler wants to hear of the curves."""
     continue_stopped: bool
-    before: dict[str, int]
     leaves: tuple[str, ...]
     interrupt: Path
     """A file that appears when all shall end."""
@@ -85,18 +98,19 @@ def run_cells(
     """Run every cell up to its stages of the names `leaves`; a failing one does not take the others with it.
 
     When the file `interrupt` appears, what runs saves its position and ends, and the rest does not begin."""
-    by_index = {cell.index: cell for cell in cells}
-    before = Store(store_root).ended_attempts([stage for cell in cells for stage in cell.stages])
-    job = _Job(by_index, store_root, resources, asha, continue_stopped, before, leaves, interrupt)
+    store = Store(store_root)
+    tasks = [_Task(cell, store.ended_attempts(cell.stages)) for cell in cells]
+    chunks = [ray.put(tasks[start : start + CHUNK]) for start in range(0, len(tasks), CHUNK)]
+    job = _Job(chunks, store_root, resources, asha is not None, continue_stopped, leaves, interrupt)
     # A sliver of the head node: a trial only waits, and must not be on a node that may be taken away.
     place = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_drive, job=job), place),
-        param_space={"cell": tune.grid_search([cell.index for cell in cells])},
+        param_space={"place": tune.grid_search(list(range(len(cells))))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=concurrent,
             reuse_actors=True,
-            scheduler=FIFOScheduler() if asha is None else CooperativeAsha(asha, job),
+            scheduler=FIFOScheduler() if asha is None else CooperativeAsha(asha, cells, store),
         ),
         run_config=tune.RunConfig(
             name=f"run-{time.time_ns()}",
@@ -116,25 +130,25 @@ def _outcome(metrics: dict[str, Any]) -> Outcome | None:
 
 def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
     """One trial, in a process of its own on the head node."""
-    cell = job.cells[config["cell"]]
-    store = Store(job.store_root)
+    task: _Task = ray.get(job.chunks[config["place"] // CHUNK])[config["place"] % CHUNK]
+    cell, store = task.cell, Store(job.store_root)
     resources = {name: getattr(job.resources, name) for name in ResourcesConfig.model_fields}
     resources["tokenizer"] = resources["data"]
     context = RunContext(
         resources=resources,
         stop_requested=StopFile(job.interrupt),
         continue_stopped=job.continue_stopped,
-        before=job.before,
+        before=task.before,
     )
     done = threading.Event()
     reporter = threading.Thread(target=_report_curve, args=(cell, store, done), daemon=True)
-    if job.asha is not None:
+    if job.reports:
         reporter.start()
     try:
         outcome = _run(cell, store, context, job.leaves)
     finally:
         done.set()
-    if job.asha is not None:
+    if job.reports:
         reporter.join()
     return {"outcome": asdict(outcome)}
 
@@ -176,14 +190,15 @@ class CooperativeAsha(FIFOScheduler):
     Cells compete only with cells of the same teacher, widths, method and seed: halving across ratios would merely
     rediscover that a wider student is better."""
 
-    def __init__(self, asha: AshaConfig, job: _Job) -> None:
+    def __init__(self, asha: AshaConfig, cells: Sequence[Cell], store: Store) -> None:
         super().__init__()
         self._asha = asha
-        self._job = job
+        self._cells = cells
+        self._store = store
         self._groups: dict[tuple[Any, ...], ASHAScheduler] = {}
 
     def _group(self, trial: Trial) -> ASHAScheduler:
-        cell = self._job.cells[trial.config["cell"]]
+        cell = self._cells[trial.config["place"]]
         key = (cell.teacher, cell.widths, cell.method, cell.seed)
         if key not in self._groups:
             self._groups[key] = ASHAScheduler(
@@ -205,9 +220,9 @@ class CooperativeAsha(FIFOScheduler):
         if RUNG_METRIC not in result or "outcome" in result:
             return self.CONTINUE
         decision = self._group(trial).on_trial_result(tune_controller, trial, result)
-        cell = self._job.cells[trial.config["cell"]]
+        cell = self._cells[trial.config["place"]]
         if decision == self.STOP and result["step"] < cell.config.distill.steps:
-            request_stop(cell, Store(self._job.store_root), f"successive halving at step {result['step']}")
+            request_stop(cell, self._store, f"successive halving at step {result['step']}")
         return self.CONTINUE
 
 

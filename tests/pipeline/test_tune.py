@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from synthetic_store import toy_cells
 
-from pipeline.config import AshaConfig, ResourcesConfig
+from pipeline.config import AshaConfig
 from pipeline.store import Store
-from pipeline.tune import RUNG_METRIC, STOP_FILE, CooperativeAsha, _Job, request_stop
+from pipeline.tune import RUNG_METRIC, STOP_FILE, CooperativeAsha, request_stop
 
 
 @pytest.fixture
@@ -24,21 +24,11 @@ def cells() -> list[Any]:
 
 def scheduler(cells: list[Any], root: Any) -> CooperativeAsha:
     asha = AshaConfig(grace_steps=10, reduction=2)
-    job = _Job(
-        {cell.index: cell for cell in cells},
-        root,
-        ResourcesConfig(),
-        asha,
-        False,
-        {},
-        ("evaluate",),
-        root / "interrupt",
-    )
-    return CooperativeAsha(asha, job)
+    return CooperativeAsha(asha, cells, Store(root))
 
 
-def trial(index: int) -> Any:
-    return SimpleNamespace(config={"cell": index}, trial_id=f"trial-{index}", is_finished=lambda: False)
+def trial(place: int) -> Any:
+    return SimpleNamespace(config={"place": place}, trial_id=f"trial-{place}", is_finished=lambda: False)
 
 
 def report(asha: CooperativeAsha, who: Any, step: int, nll: float) -> str:
@@ -51,7 +41,7 @@ def test_a_worse_cell_of_the_same_group_is_asked_to_stop_and_not_killed(cells, t
     twin.index, twin.stage = 99, cell.stage
     store.create(cell.stage("distill"))
     asha = scheduler([cell, twin], tmp_path)
-    better, worse = trial(cell.index), trial(99)
+    better, worse = trial(0), trial(1)
     for one in (better, worse):
         asha.on_trial_add(None, one)
     assert report(asha, better, 10, 1.0) == asha.CONTINUE
@@ -65,8 +55,8 @@ def test_cells_of_other_ratios_methods_or_seeds_do_not_compete(cells, tmp_path):
     asha = scheduler(cells, tmp_path)
     for place, cell in enumerate(cells):
         store.create(cell.stage("distill"))
-        asha.on_trial_add(None, trial(cell.index))
-        report(asha, trial(cell.index), 10, 1.0 + place)
+        asha.on_trial_add(None, trial(place))
+        report(asha, trial(place), 10, 1.0 + place)
     assert not list(tmp_path.rglob(STOP_FILE))
 
 
