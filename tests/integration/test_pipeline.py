@@ -231,6 +231,26 @@ def test_mlflow_has_one_parent_and_comparable_children(finished):
     assert steps[-1] == 50
 
 
+def test_mlflow_has_the_corpus_and_answers_with_the_student(finished):
+    import mlflow
+
+    store, _ = finished
+    mlflow.set_tracking_uri(f"sqlite:///{store}/mlflow.db")
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.method = 'overfill'")
+    uses = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
+    assert set(uses) == {"training", "evaluation"}
+    assert json.loads(uses["training"].profile)["samples"] == 600
+    (logged,) = run.outputs.model_outputs
+    model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+    prompts = ["sort: dbca", "reverse: abc"]
+    answers = model.predict(prompts, params={"max_new_tokens": 5})
+    folder = next(store.glob("distill/*overfill*")) / "payload" / "model"
+    for prompt, answer in zip(prompts, answers, strict=True):
+        command = [sys.executable, "-m", "pipeline.cli", "generate", str(folder), prompt, "--max-new-tokens", "5"]
+        assert subprocess.check_output(command, text=True, env=environment()).strip() == answer.strip()
+
+
 @pytest.fixture(scope="module")
 def broken(finished, place) -> Path:
     """A store whose run was killed, and then asked to end, while the student was in training."""
