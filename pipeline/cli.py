@@ -12,7 +12,7 @@ from rich.console import Console
 from overfill.errors import UserError, disk_full
 
 if TYPE_CHECKING:
-    from pipeline.job_server import JobServer
+    from pipeline.submission.job_server import JobServer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -114,7 +114,7 @@ def report(
     """Compare the cells of an experiment, and say what to ship."""
     from pipeline.commands import print_comparison
     from pipeline.experiment import known_experiment, open_store
-    from pipeline.pareto import read_budget
+    from pipeline.reporting.pareto import read_budget
 
     forms = {"json": as_json, "summary": as_summary, "csv": as_csv, "markdown": as_markdown}
     budget = read_budget(max_tpot, max_memory)
@@ -244,11 +244,11 @@ def submit(
     ] = None,
 ) -> None:
     """Run FILE on a Ray cluster as a job; again: attach to it, or go on after its end."""
-    from pipeline.submission import Request, submit
+    from pipeline.submission.submit import Request, submit
 
     request = Request(file, overrides or (), store, name, env or (), cluster)
     if manifest is not None:
-        from pipeline.manifest import print_manifest
+        from pipeline.submission.manifest import print_manifest
 
         print_manifest(manifest, request)
         return
@@ -263,8 +263,8 @@ def submit(
 @app.command()
 def jobs(address: Server = None) -> None:
     """The jobs of a cluster, and how much of it is in use."""
-    from pipeline.job_server import JobServer
-    from pipeline.jobs import print_jobs
+    from pipeline.submission.job_server import JobServer
+    from pipeline.submission.jobs import print_jobs
 
     print_jobs(JobServer(address), Console())
 
@@ -276,8 +276,8 @@ def logs(
     address: Server = None,
 ) -> None:
     """Show what a job has said."""
-    from pipeline.job_server import JobServer
-    from pipeline.jobs import find, print_log
+    from pipeline.submission.job_server import JobServer
+    from pipeline.submission.jobs import find, print_log
 
     server = JobServer(address)
     if follow:
@@ -289,16 +289,16 @@ def logs(
 @app.command()
 def stop(job: Job, address: Server = None) -> None:
     """End a job; what it has done stays, and submitting it again goes on from there."""
-    from pipeline.job_server import JobServer
-    from pipeline.jobs import find
-    from pipeline.jobs import stop as stop_job
+    from pipeline.submission.job_server import JobServer
+    from pipeline.submission.jobs import find
+    from pipeline.submission.jobs import stop as stop_job
 
     server = JobServer(address)
     _exit(stop_job(server, find(server, job), Console(stderr=True)))
 
 
 def _follow(server: JobServer, job: str, console: Console) -> None:
-    from pipeline.jobs import follow
+    from pipeline.submission.jobs import follow
 
     try:
         code = follow(server, job)

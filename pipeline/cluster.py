@@ -20,9 +20,9 @@ from typing import Any
 
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig, StageResources
-from pipeline.fitting import NodeShape, check_cluster, check_stage, totals, worker_bundle
 from pipeline.machine import usable_cpus
 from pipeline.masking import mask_uri
+from pipeline.submission.fitting import NodeShape, check_cluster, check_stage, totals, worker_bundle
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Ray's shared memory on a laptop: token blocks are small, and models travel through files."""

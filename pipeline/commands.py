@@ -22,16 +22,16 @@ from pipeline.experiment import (
     run_missing,
     sweep_folder,
 )
-from pipeline.exports import summary_json, to_csv, to_json, write_report
-from pipeline.html_report import PAGE_FILE, write_page
 from pipeline.objective import objective_line
-from pipeline.report import make_report
+from pipeline.reporting.exports import summary_json, to_csv, to_json, write_report
+from pipeline.reporting.html_report import PAGE_FILE, write_page
+from pipeline.reporting.report import make_report
+from pipeline.reporting.tables import markdown, print_report
 from pipeline.store import Store
-from pipeline.tables import markdown, print_report
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from pipeline.pareto import Budget
+    from pipeline.reporting.pareto import Budget
     from pipeline.tune import Outcome
 
 
@@ -107,7 +107,7 @@ def print_experiment_status(experiment: Experiment, store: Store, address: str |
     print_status(experiment.name, snapshot(store, experiment.cells), console)
     lines = [recorded_line(read_samples(sweep_folder(store, experiment.name)), time.time())]
     if address is not None:
-        from pipeline.job_server import JobServer
+        from pipeline.submission.job_server import JobServer
 
         server = JobServer(address)
         lines.append(f"{server.shown}: {in_use(server.usage()) or 'has not said yet what is in use'}")
@@ -121,8 +121,8 @@ def serve_ui(store: Store, host: str | None, port: int, serve: bool = False) -> 
     With `serve` it is there for the drivers of a cluster: it may begin empty, and where it listens must be said.
     Raises UserError when the port is taken or when there is nothing to show."""
     from pipeline.masking import mask_uri
-    from pipeline.tracking import LOOPBACK, tracking_uri, ui_command
-    from pipeline.tracking_view import saved_views
+    from pipeline.tracking.tracker import LOOPBACK, tracking_uri, ui_command
+    from pipeline.tracking.view import saved_views
 
     if serve and host is None:
         raise UserError("--serve: say with --host at which address of this machine the cluster reaches it")

@@ -141,7 +141,7 @@ def run_missing(
     Raises KeyboardInterrupt when it was asked to end before all was done."""
     from pipeline.cluster import check_fits, connected, usage
     from pipeline.progress import Progress
-    from pipeline.tracking import Tracker
+    from pipeline.tracking.tracker import Tracker
     from pipeline.utilisation import Sampler
 
     with ExitStack() as stack:

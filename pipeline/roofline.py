@@ -12,7 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from overfill.workload import SYSTEMS
-from pipeline.plots import COLOURS, GREY, STYLE
+from pipeline.reporting.plots import COLOURS, GREY, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

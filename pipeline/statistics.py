@@ -6,7 +6,8 @@
 - "could the discordant samples be a coin toss": McNemar's exact test (two-sided binomial), and its like for scores that
   are no yes or no, and for means over seeds: the signs of the samples' differences are tossed (Fisher 1935).
 
-Seeds and tasks together are the matter of `pipeline.resampling`, systems side by side that of `pipeline.comparison`.
+Seeds and tasks together are the matter of `pipeline.reporting.resampling`, systems side by side that of
+`pipeline.reporting.comparison`.
 """
 
 from __future__ import annotations

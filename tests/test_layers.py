@@ -14,10 +14,10 @@ SOURCES = sorted([*(ROOT / "overfill").rglob("*.py"), *(ROOT / "pipeline").rglob
 ALLOWED = {
     "ray": (
         *("pipeline/cluster.py", "pipeline/tune.py", "pipeline/training/", "pipeline/stages/"),
-        *("pipeline/job_server.py", "pipeline/jobs.py"),
+        *("pipeline/submission/job_server.py", "pipeline/submission/jobs.py"),
     ),
     "deepspeed": ("pipeline/training/engine.py",),
-    "mlflow": ("pipeline/tracking_server.py",),
+    "mlflow": ("pipeline/tracking/server.py",),
     "lm_eval": ("pipeline/harness/",),
     "peft": ("overfill/lora.py",),
     "yaml": ("pipeline/config_io.py",),

@@ -18,8 +18,8 @@ import ray
 from overfill.errors import UserError, disk_full
 from pipeline.cluster import largest_node
 from pipeline.config import StageResources
-from pipeline.fitting import worker_bundle
 from pipeline.stage import StageRun, Stopped
+from pipeline.submission.fitting import worker_bundle
 from pipeline.training.failures import Budget, cause_of, one_line, out_of_memory
 
 Metrics = Mapping[str, float | int | str]

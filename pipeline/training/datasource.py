@@ -10,7 +10,7 @@ from ray.data import DataContext, ExecutionResources
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from pipeline.fitting import CPUS_PER_TASK
+from pipeline.submission.fitting import CPUS_PER_TASK
 
 TASKS_AT_ONCE = 1
 """One is enough: a task reads a block in a fraction of the time that training on it takes."""

@@ -23,8 +23,8 @@ from ray.train.v2.api.exceptions import PreemptionError
 from overfill.errors import UserError, disk_full
 from pipeline.cluster import check_holds
 from pipeline.config import StageResources
-from pipeline.fitting import worker_bundle
 from pipeline.stage import StageRun
+from pipeline.submission.fitting import worker_bundle
 from pipeline.training.backend import RendezvousConfig, Trainer, dashboard_runs
 from pipeline.training.failures import Budget, Cause, cause_of_all, first_of, one_line, origin, out_of_memory
 from pipeline.training.resources import STOP_FILE, StopFile, stage_resources

@@ -15,7 +15,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.tracking import ui_command
+from pipeline.tracking.tracker import ui_command
 from tests.faults.place import ROOT, Driver, Place, environment, session_processes
 
 DISK_BYTES = 256 * 2**20

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from synthetic_store import SyntheticStore, outcomes, toy_cells
 
-from pipeline.html_report import write_page
-from pipeline.report import make_report
+from pipeline.reporting.html_report import write_page
+from pipeline.reporting.report import make_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -25,8 +25,8 @@ from pipeline.build import Build
 from pipeline.masking import mask_uri
 from pipeline.stage import Stage
 from pipeline.sweep import Cell
-from pipeline.tracking import Tracker, tracking_uri, ui_command
-from pipeline.tracking_server import MlflowServer
+from pipeline.tracking.server import MlflowServer
+from pipeline.tracking.tracker import Tracker, tracking_uri, ui_command
 
 pytestmark = pytest.mark.integration
 
@@ -54,7 +54,7 @@ def with_figures(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def synthetic(with_figures: SyntheticStore, monkeypatch: pytest.MonkeyPatch) -> SyntheticStore:
     """The same for tests that look at runs only: figures take most of a flush."""
-    monkeypatch.setattr("pipeline.plots.write_plots", lambda groups, folder: [])
+    monkeypatch.setattr("pipeline.reporting.plots.write_plots", lambda groups, folder: [])
     return with_figures
 
 
@@ -198,7 +198,7 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 from synthetic_store import SyntheticStore, toy_cells
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 synthetic, cells = SyntheticStore(Path(sys.argv[1])), toy_cells(methods=("overfill",))
 for stage in cells[0].stages[:-3]:
     synthetic.publish(stage, cells[0])

@@ -21,7 +21,7 @@ import pytest
 from synthetic_store import SyntheticStore, outcomes, toy_cells
 
 from pipeline.experiment import Experiment, keep_experiment
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

@@ -9,7 +9,7 @@ import pytest
 from overfill.errors import UserError
 from pipeline.cluster import UNLIMITED_NODES, capacity, check_holds, connected, largest_node, node_shapes, usage
 from pipeline.config import StageResources
-from pipeline.fitting import NodeShape
+from pipeline.submission.fitting import NodeShape
 
 HEAD = {"Alive": True, "Resources": {"CPU": 0.0, "node:__internal_head__": 1.0}}
 GPU_NODE = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0, "accelerator_type:L4": 1.0}}

@@ -18,7 +18,7 @@ from pipeline.experiment import Experiment, is_done, planned, read_experiment
 from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.sweep import to_build
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 
 PROGRAM = """
 import json, resource, sys

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.comparison import compare
-from pipeline.resampling import mean_over_seeds
+from pipeline.reporting.comparison import compare
+from pipeline.reporting.resampling import mean_over_seeds
 from pipeline.statistics import mcnemar, wilson
 
 

@@ -145,7 +145,7 @@ def test_time_left_needs_a_known_duration_of_every_open_kind_of_stage(synthetic:
 
 def test_looking_at_a_store_needs_neither_ray_nor_torch_nor_mlflow() -> None:
     heavy = "{'ray', 'torch', 'mlflow', 'matplotlib', 'pandas', 'pyarrow', 'transformers'}"
-    modules = "pipeline.watch, pipeline.progress, pipeline.tracking, pipeline.tables"
+    modules = "pipeline.watch, pipeline.progress, pipeline.tracking.tracker, pipeline.reporting.tables"
     code = f"import sys, {modules}; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -7,9 +7,9 @@ import pytest
 
 from overfill.errors import UserError
 from pipeline.config import StageResources
-from pipeline.fitting import NodeShape, check_workers
 from pipeline.stage import Stopped
 from pipeline.stages.distill import metrics_of
+from pipeline.submission.fitting import NodeShape, check_workers
 from pipeline.training.launch import _forward_stop
 from pipeline.training.resources import StopFile
 

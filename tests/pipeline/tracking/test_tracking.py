@@ -1,0 +1,422 @@
+"""What MLflow is told, with a server in memory; real MLflow is in tests/integration."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_store import SyntheticStore, outcomes, toy_cells
+
+from overfill.errors import UserError
+from pipeline.commands import serve_ui
+from pipeline.masking import mask_text, mask_uri
+from pipeline.stage import Stage
+from pipeline.store import Store
+from pipeline.sweep import Cell
+from pipeline.tracking.content import Value
+from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.models import DatasetUse, LoggedStudent
+from pipeline.tracking.server import without_login
+from pipeline.tracking.sync import KEY_TAG, Known, Sweep, Sync
+from pipeline.tracking.tracker import Tracker, tracking_uri, ui_command
+
+
+@dataclass
+class Run:
+    tags: dict[str, str]
+    parent: str | None
+    status: str = "RUNNING"
+    started: float | None = None
+    ended: float | None = None
+    history: list[tuple[str, int, float]] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    datasets: list[DatasetUse] = field(default_factory=list)
+    student: LoggedStudent | None = None
+
+
+class FakeServer:
+    """Keeps what it is told, refuses what MLflow refuses, and can be away."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+        self.away = False
+        self.takes_artifacts = True
+        self.experiment_tags: dict[str, str] = {}
+        self.calls = 0
+
+    def find(self, run: str | None, key: str) -> str | None:
+        self._answer()
+        if run is not None:
+            return run if run in self.runs else None
+        return next((name for name, found in self.runs.items() if found.tags[KEY_TAG] == key), None)
+
+    def start(self, name: str, tags: dict[str, str], parent: str | None, started: float | None) -> str:
+        self._answer()
+        identity = f"{name}#{len(self.runs)}"
+        self.runs[identity] = Run(dict(tags), parent, started=started)
+        return identity
+
+    def known(self, run: str) -> Known:
+        self._answer()
+        found = self.runs[run]
+        return Known({key: step for key, step, _ in sorted(found.history)}, set(found.parameters))
+
+    def send(self, run: str, values: Sequence[Value], parameters: dict[str, Any], tags: dict[str, str]) -> None:
+        self._answer()
+        found = self.runs[run]
+        assert not found.parameters.keys() & parameters.keys(), "MLflow refuses to change a parameter"
+        for value in values:
+            assert (value.key, value.step) not in {(key, step) for key, step, _ in found.history}, "logged twice"
+            found.history.append((value.key, value.step, value.value))
+        found.parameters |= parameters
+        found.tags |= tags
+
+    def set_status(self, run: str, status: str, ended: float | None) -> None:
+        self._answer()
+        self.runs[run].status = status
+        self.runs[run].ended = ended
+
+    def upload(self, run: str, files: dict[str, str | Path]) -> None:
+        self._answer()
+        if not self.takes_artifacts:
+            raise PermissionError("no bucket")
+        self.runs[run].files |= files
+
+    def describe(self, tags: dict[str, str]) -> str:
+        self._answer()
+        self.experiment_tags |= tags
+        return "7"
+
+    def link(self, run: str, datasets: Sequence[DatasetUse], student: LoggedStudent | None) -> None:
+        self._answer()
+        self.runs[run].datasets = list(datasets)
+        self.runs[run].student = student
+
+    def _answer(self) -> None:
+        self.calls += 1
+        if self.away:
+            raise ConnectionError("the server is away")
+
+    def run(self, cell: Cell) -> Run:
+        return next(run for run in self.runs.values() if run.tags.get("identity") == cell.identity)
+
+    @property
+    def parent(self) -> Run:
+        return next(run for run in self.runs.values() if run.parent is None)
+
+
+@pytest.fixture
+def synthetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SyntheticStore:
+    monkeypatch.setattr("pipeline.reporting.plots.write_plots", lambda groups, folder: [])
+    return SyntheticStore(tmp_path / "runs")
+
+
+def new_sync(synthetic: SyntheticStore, cells: list[Cell]) -> Sync:
+    """As a new driver has it: the ledger from the file."""
+    path = synthetic.store.root / "sweeps" / "toy" / "mlflow.json"
+    sweep = Sweep("toy", "a hypothesis", "name: toy\n", cells, synthetic.store, "abc123+")
+    return Sync(sweep, Ledger.read(path, "server"), lambda ledger: ledger.write(path, "server"))
+
+
+def push(sync: Sync, server: FakeServer, final: bool = False) -> None:
+    sync.push(server, sync.snapshot(), final)
+
+
+def distill(cell: Cell) -> Stage:
+    stage = cell.stage("distill")
+    assert stage is not None
+    return stage
+
+
+def test_a_cell_has_a_run_only_once_something_of_its_own_begins(synthetic: SyntheticStore) -> None:
+    cells, server = toy_cells(), FakeServer()
+    teacher = cells[0].stage("teacher")
+    assert teacher is not None
+    attempt = synthetic.begin(teacher)
+    sync = new_sync(synthetic, cells)
+    push(sync, server)
+    attempt.release()
+    assert len(server.runs) == 1
+    attempt = synthetic.begin(distill(cells[0]))
+    push(sync, server)
+    attempt.release()
+    assert server.run(cells[0]).status == "RUNNING"
+    assert server.run(cells[0]).parent == next(iter(server.runs))
+    assert len(server.runs) == 2
+
+
+def test_between_two_stages_a_run_stays_running_and_at_the_end_of_the_driver_it_is_killed(
+    synthetic: SyntheticStore,
+) -> None:
+    cells, server = toy_cells(methods=("overfill",)), FakeServer()
+    sync = new_sync(synthetic, cells)
+    attempt = synthetic.begin(distill(cells[0]))
+    push(sync, server)
+    attempt.release()
+    for stage in cells[0].stages[:-2]:
+        synthetic.publish(stage, cells[0])
+    push(sync, server)
+    assert server.run(cells[0]).status == "RUNNING"
+    push(sync, server, final=True)
+    assert (server.run(cells[0]).status, server.parent.status) == ("KILLED", "KILLED")
+
+
+def test_what_a_server_missed_while_it_was_away_arrives_later_once(synthetic: SyntheticStore) -> None:
+    cells, server = toy_cells(methods=("overfill",)), FakeServer()
+    sync = new_sync(synthetic, cells)
+    attempt = synthetic.begin(distill(cells[0]))
+    synthetic.log(distill(cells[0]), range(1, 4))
+    push(sync, server)
+    server.away = True
+    synthetic.log(distill(cells[0]), range(4, 8))
+    with pytest.raises(ConnectionError):
+        push(sync, server)
+    server.away = False
+    synthetic.log(distill(cells[0]), range(8, 11))
+    push(sync, server)
+    attempt.release()
+    assert [step for key, step, _ in server.run(cells[0]).history if key == "train/loss"] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("same_driver", [True, False])
+@pytest.mark.parametrize("lost", ["message", "answer"])
+def test_a_connection_lost_at_any_call_leaves_runs_that_the_next_look_completes(
+    synthetic: SyntheticStore, lost: str, same_driver: bool
+) -> None:
+    cells = toy_cells(methods=("overfill",))
+    synthetic.finish(cells[0])
+    path = synthetic.store.root / "sweeps" / "toy" / "mlflow.json"
+    for call in range(1, 40):
+        path.unlink(missing_ok=True)
+        server = LosingServer(call, lost)
+        sync = new_sync(synthetic, cells)
+        try:
+            push(sync, server, final=True)
+        except ConnectionError:
+            assert server.done == call
+        if server.done < call:
+            return
+        sync = sync if same_driver else new_sync(synthetic, cells)
+        push(sync, server, final=True)
+        if sync.problems:
+            push(sync, server, final=True)
+        assert len(server.runs) == 2, f"call {call}"
+        run = server.run(cells[0])
+        assert (run.status, server.parent.status) == ("FINISHED", "FINISHED")
+        assert [step for key, step, _ in run.history if key == "train/loss"] == list(range(1, 11))
+        assert {"config.yaml", "result.json"} <= run.files.keys()
+        assert new_sync(synthetic, cells).up_to_date(sync.snapshot())
+    pytest.fail("a push makes more calls than were tried")
+
+
+class LosingServer(FakeServer):
+    """Loses one call: the message, so that nothing happens, or the answer, so that it happens and nobody knows."""
+
+    def __init__(self, call: int, lost: str) -> None:
+        super().__init__()
+        self.call, self.lost, self.done = call, lost, 0
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        return self._losing(found) if name in ("find", "start", "known", "send", "set_status", "upload") else found
+
+    def _losing(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.done += 1
+            if self.done == self.call and self.lost == "message":
+                raise ConnectionError("cut off")
+            answer = method(*arguments)
+            if self.done == self.call:
+                raise ConnectionError("cut off")
+            return answer
+
+        return call
+
+
+def test_a_finished_sweep_is_recognised_without_the_server(synthetic: SyntheticStore) -> None:
+    cells, server = toy_cells(), FakeServer()
+    for cell in cells:
+        synthetic.finish(cell)
+    push(new_sync(synthetic, cells), server, final=True)
+    again = new_sync(synthetic, cells)
+    assert again.up_to_date(again.snapshot())
+    changed = new_sync(synthetic, toy_cells(methods=("overfill", "pruned", "scratch")))
+    assert not changed.up_to_date(changed.snapshot())
+
+
+def test_runs_have_the_times_of_the_work_and_not_of_its_tracking(synthetic: SyntheticStore) -> None:
+    cells, server = toy_cells(methods=("full", "overfill")), FakeServer()
+    for cell in cells:
+        synthetic.finish(cell)
+    push(new_sync(synthetic, cells), server, final=True)
+    records = [record for stage in cells[1].stages if (record := synthetic.store.record(stage)) is not None]
+    own = [record for record in records if record.stage in ("calibrate", "prune", "distill", "evaluate", "benchmark")]
+    run = server.run(cells[1])
+    assert run.started == min(record.started for record in own)
+    assert run.ended == max(record.finished for record in own)
+    assert server.parent.started is not None
+    assert server.parent.ended is not None
+    assert server.parent.started <= run.started <= run.ended <= server.parent.ended
+
+
+def test_metrics_arrive_although_the_artifact_store_refuses_and_artifacts_are_tried_again(
+    synthetic: SyntheticStore,
+) -> None:
+    cells, server = toy_cells(methods=("overfill",)), FakeServer()
+    synthetic.finish(cells[0], outcomes(100))
+    server.takes_artifacts = False
+    sync = new_sync(synthetic, cells)
+    push(sync, server, final=True)
+    assert any("no bucket" in problem for problem in sync.problems)
+    run = server.run(cells[0])
+    assert run.status == "FINISHED"
+    assert ("eval/exact_match", 0, 0.5) in run.history
+    assert not sync.up_to_date(sync.snapshot())
+    server.takes_artifacts = True
+    push(sync, server, final=True)
+    assert sync.problems == []
+    assert sync.up_to_date(sync.snapshot())
+    assert set(run.files) == {"config.yaml", "result.json", "artifacts.json", "samples.json"}
+    places = json.loads(str(run.files["artifacts.json"]))[0]
+    assert len(places["evaluate"]["sha256"]["samples.parquet"]) == 64
+
+
+def test_final_metrics_have_the_same_names_in_every_cell_and_parameters_are_numbers(synthetic: SyntheticStore) -> None:
+    cells, server = toy_cells(methods=("full", "overfill", "pruned", "scratch")), FakeServer()
+    for cell in cells:
+        synthetic.finish(cell)
+    push(new_sync(synthetic, cells), server, final=True)
+    promised = {"eval/exact_match", "eval/exact_match_low", "eval/perplexity", "latency/ttft_s", "latency/tpot_s"}
+    for cell in cells:
+        run = server.run(cell)
+        assert promised <= {key for key, _, _ in run.history}
+        assert run.parameters.pop("method") == cell.method
+        assert all(isinstance(value, int | float) for value in run.parameters.values())
+        assert {"ratio", "hidden", "intermediate"} <= set(run.parameters)
+        assert run.tags["commit"] == "abc123+"
+    assert server.run(cells[1]).parameters["seed"] == 0
+
+
+def test_the_curve_of_a_shared_stage_is_logged_once_on_the_parent(synthetic: SyntheticStore) -> None:
+    cells, server = toy_cells(), FakeServer()
+    teacher = cells[0].stage("teacher")
+    assert teacher is not None
+    synthetic.log(teacher, range(1, 4))
+    for cell in cells:
+        synthetic.finish(cell)
+    sync = new_sync(synthetic, cells)
+    push(sync, server)
+    push(sync, server, final=True)
+    curves = [(key, step) for key, step, _ in server.parent.history]
+    assert curves == [(f"teacher/small/train/{name}", step) for step in (1, 2, 3) for name in ("loss", "tokens")]
+
+
+def test_each_server_has_its_own_memory_and_none_holds_a_password(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.json"
+    one, other = Ledger.read(path, "a"), Ledger.read(path, "b")
+    one.write(path, "a")
+    other.write(path, "b")
+    assert Ledger.read(path, "a") == one
+    assert Ledger.read(path, "b") == other
+    assert one.token != other.token
+
+
+@pytest.mark.parametrize(
+    ("uri", "masked"),
+    [
+        ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
+        ("https://mlflow.example.org/x", "https://mlflow.example.org/x"),
+        ("https://ann:s3cret@mlflow.example.org:5000/x", "https://***@mlflow.example.org:5000/x"),
+        ("https://token@host", "https://***@host"),
+        ("postgresql+psycopg2://u:p@ss/w@db:5432/mlflow", "postgresql+psycopg2://***@db:5432/mlflow"),
+        ("mysql://db/mlflow?user=u&password=s3cret&ssl=1", "mysql://db/mlflow?user=u&password=***&ssl=1"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_secrets_are_masked_in_uris(uri: str, masked: str) -> None:
+    assert mask_uri(uri) == masked
+
+
+def test_a_login_goes_to_mlflow_by_environment_and_not_in_the_address() -> None:
+    uri, login = without_login("https://ann:s%40cret@host:5000/x?y=1")
+    assert uri == "https://host:5000/x?y=1"
+    assert login == {"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": "s@cret"}
+    for other in ("https://host/x", "postgresql://u:p@db/mlflow", "sqlite:////runs/mlflow.db"):
+        assert without_login(other) == (other, {})
+
+
+def test_secrets_are_masked_in_error_messages() -> None:
+    uri = "https://ann:s3cret@host:5000"
+    text = "HTTPSConnectionPool: https://ann:s3cret@host:5000/api refused s3cret"
+    assert "s3cret" not in mask_text(text, uri)
+    assert mask_text("nothing to hide", uri) == "nothing to hide"
+
+
+def test_the_default_server_is_an_absolute_sqlite_file_in_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    command, environment = ui_command(Path("runs"), port=1234)
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert command[command.index("--port") + 1] == "1234"
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    assert tracking_uri(Path("runs")) == "http://elsewhere"
+
+
+def test_a_server_for_others_is_told_by_what_names_and_hides_its_databases_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ann:s3cret@db/mlflow")
+    monkeypatch.delenv("MLFLOW_SERVER_ALLOWED_HOSTS", raising=False)
+    command, environment = ui_command(tmp_path, host="mlflow.internal")
+    assert "s3cret" not in " ".join(command)  # which every user of the machine can read
+    allowed = environment["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    assert {"mlflow.internal", "mlflow.internal:*", "10.*", "localhost:*"} <= set(allowed)
+    assert "*" not in allowed
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS" not in ui_command(tmp_path)[1]
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine")
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS" not in ui_command(tmp_path, host="mlflow.internal")[1]
+    with pytest.raises(UserError, match="--host"):
+        serve_ui(Store(tmp_path), None, 5000, serve=True)
+
+
+NOTHING_TO_DO = """
+import sys
+from pathlib import Path
+from synthetic_store import toy_cells
+from pipeline.store import Store
+from pipeline.tracking.tracker import Tracker
+cells = toy_cells(methods=("overfill",))
+with Tracker(Store(Path(sys.argv[1])), cells[0].config, cells):
+    pass
+print("mlflow" in sys.modules)
+"""
+
+
+def test_a_run_with_nothing_to_do_does_not_import_mlflow(
+    synthetic: SyntheticStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    cells = toy_cells(methods=("overfill",))
+    synthetic.finish(cells[0])
+    push(Tracker(synthetic.store, cells[0].config, cells)._make_sync(), FakeServer(), final=True)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[3])])
+    done = subprocess.run(
+        [sys.executable, "-c", NOTHING_TO_DO, str(synthetic.store.root)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.stdout.strip() == "False"
