@@ -15,6 +15,8 @@ from pathlib import Path
 PACKAGES = ("overfill", "pipeline")
 KINDS = (".py", ".cpp")
 """Sources, and the C++ that is compiled at first use."""
+DATA = ("pipeline/reporting/page", "pipeline/harness/tasks")
+"""Folders of package data, as `pyproject.toml` lists them: all that is in them travels."""
 MARKERS = ("py.typed",)
 EXPERIMENT = "experiment.yaml"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -41,7 +43,7 @@ def source_files(root: Path | None = None) -> list[tuple[str, Path]]:
         for path in (root / package).rglob("*"):
             name = path.relative_to(root).as_posix()
             hidden = any(part.startswith((".", "__pycache__")) for part in name.split("/"))
-            wanted = path.suffix in KINDS or path.name in MARKERS
+            wanted = path.suffix in KINDS or path.name in MARKERS or name.rpartition("/")[0] in DATA
             if wanted and not hidden and path.is_file() and not path.is_symlink():
                 found.append((name, path))
     return sorted(found)

@@ -111,6 +111,18 @@ def test_nothing_but_sources_travels(tmp_path):
     assert plain.size < 2**20
 
 
+def test_every_file_of_the_installed_package_travels():
+    import tomllib
+
+    from pipeline.submission.package import source_files
+
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    wanted = {path for package, globs in data.items() for glob in globs for path in (ROOT / package).glob(glob)}
+    wanted = {path for path in wanted if path.is_file()}
+    assert len(wanted) > 10
+    assert wanted <= {path for _, path in source_files()}
+
+
 def test_submitting_twice_attaches_and_after_the_end_begins_another_attempt(file, cluster):
     first = submit(file, cluster.address)
     assert submit(file, cluster.address) == first
