@@ -29,24 +29,26 @@ class StudentModel:
         self._options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options}
 
     def predict(self, prompts: Any, params: Mapping[str, Any] | None = None) -> list[str]:
-        """Greedy answers to prompts: texts, or a table with a column `prompt`.
+        """Greedy answers to prompts: texts, or a table whose first column has them.
 
         Args:
-            params: options of `generate`, for example `max_new_tokens`.
+            params: options of `generate`; `max_new_tokens` is an upper bound, as far as the models have positions.
         """
         import torch
 
-        texts = list(prompts["prompt"]) if hasattr(prompts, "columns") else list(prompts)
+        texts = list(prompts.iloc[:, 0]) if hasattr(prompts, "columns") else list(prompts)
         if not texts:
             return []
         rows = [prompt_ids(self._tokenizer, text, chat=bool(self._tokenizer.chat_template)) for text in texts]
         width, end = max(map(len, rows)), self._tokenizer.eos_token_id
         filler = end if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
+        options = {**self._options, **(params or {})}
+        options["max_new_tokens"] = min(options["max_new_tokens"], self._two_stage.engine.max_positions - width)
         found = self._two_stage.generate(
             torch.tensor([[filler] * (width - len(row)) + row for row in rows]),
             attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
             pad_token_id=filler,
-            **{**self._options, **(params or {})},
+            **options,
         )
         return self._tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
 

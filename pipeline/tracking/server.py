@@ -174,7 +174,7 @@ def write_model(folder: Path, student: LoggedStudent, model_id: str, run: str) -
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "requirements.txt").write_text("overfill\n", encoding="utf-8")
     signature = ModelSignature(
-        Schema([ColSpec(DataType.string, "prompt")]),
+        Schema([ColSpec(DataType.string)]),
         Schema([ColSpec(DataType.string)]),
         ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)]),
     )
