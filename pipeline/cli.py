@@ -154,6 +154,24 @@ def ui(
 
 
 @app.command()
+def register(
+    name: Name = None,
+    model: Annotated[str, typer.Option("--as", help="Name of the registered model.")] = "overfill",
+    cell: Annotated[
+        str | None, typer.Option(help="A cell's label; left out: the one that the report says to ship.")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Register a finished cell's student in MLflow's model registry."""
+    from pipeline.experiment import known_experiment, open_store
+    from pipeline.tracking.register import register as register_student
+
+    here = open_store(store)
+    chosen, version = register_student(known_experiment(here, name), here, cell, model)
+    typer.echo(f"{chosen.label}: models:/{model}/{version}")
+
+
+@app.command()
 def generate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A student folder; its full model stands in its manifest.")

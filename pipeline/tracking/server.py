@@ -145,6 +145,24 @@ class MlflowServer:
         if student is not None and not self._client.get_run(run).outputs.model_outputs:
             self._log_student(run, student)
 
+    def register(self, run: str, name: str) -> str | None:
+        """The version of the registered model `name` that is the run's student, made if need be; None without a student."""
+        from mlflow.exceptions import MlflowException
+
+        logged = self._client.get_run(run).outputs.model_outputs
+        if not logged:
+            return None
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        model = logged[0].model_id
+        versions = self._client.search_model_versions(f"name = '{name}'")
+        same = next((version for version in versions if version.model_id == model), None)
+        found = same or self._client.create_model_version(name, f"models:/{model}", run_id=run, model_id=model)
+        return str(found.version)
+
     def _log_student(self, run: str, student: LoggedStudent) -> None:
         from mlflow.entities import LoggedModelOutput
 

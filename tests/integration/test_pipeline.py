@@ -251,6 +251,21 @@ def test_mlflow_has_the_corpus_and_answers_with_the_student(finished):
         assert subprocess.check_output(command, text=True, env=environment()).strip() == answer.strip()
 
 
+def test_a_student_is_registered_once_and_loads_by_its_name(finished):
+    import mlflow
+
+    store, _ = finished
+    label = "small · 0.5 · overfill · seed 0"
+    words = ("register", "tiny", "--as", "toy-student", "--cell", label)
+    first, again = (overfill(*words, store=store).stdout for _ in range(2))
+    assert first == again == f"{label}: models:/toy-student/1\n"
+    mlflow.set_tracking_uri(f"sqlite:///{store}/mlflow.db")
+    assert len(mlflow.pyfunc.load_model("models:/toy-student/1").predict(["sort: dbca"])) == 1
+    full = overfill("register", "tiny", "--cell", "small · full", store=store, code=2)
+    assert full.stderr.startswith("overfill: small · full: no student was logged with it")
+    assert overfill("register", "tiny", "--cell", "x", store=store, code=2).stderr.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def broken(finished, place) -> Path:
     """A store whose run was killed, and then asked to end, while the student was in training."""
