@@ -21,11 +21,10 @@ from pipeline.lease import Watch
 from pipeline.record import RECORD_FILE, Record
 from pipeline.store import AlteredArtifact, Store
 from tests.faults.place import STAGES, STEPS
+from tests.machine_metrics import of_the_machine
 
 MEASURED = ("benchmark",)
 """Stages whose payload is a measurement and differs from run to run."""
-CLOCKS = ("train/tokens_per_second",)
-"""Metrics that depend on the time."""
 KEPT_BY_GC = ("set aside as altered", "of a run that has ended")
 """Reasons of `overfill gc` for what may be left: evidence of damage from outside; Ray Tune's folders, once they are old,
 which they are at once when the times of files are moved."""
@@ -117,7 +116,7 @@ def _steps(store: Path, stage: str) -> dict[str, list[str]]:
             if point is None:
                 continue  # a killed writer's half line
             for name, value in {"tokens": point.tokens, **point.metrics}.items():
-                if name not in CLOCKS:
+                if not of_the_machine(name):
                     values.setdefault(f"{point.step} {name}", set()).add(json.dumps(value))
     return {name: sorted(found) for name, found in sorted(values.items())}
 

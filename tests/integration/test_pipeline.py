@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from machine_metrics import of_the_machine
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -369,12 +370,12 @@ def test_a_run_that_was_killed_and_asked_to_end_goes_on_and_ends_in_the_same_bit
 
 
 def curve(store: Path) -> dict[int, dict[str, float]]:
-    """Step -> metrics of the student's training, the later line of a step winning, without the rate."""
+    """Step -> metrics of the student's training, the later line of a step winning, without those of the machine."""
     found: dict[int, dict[str, float]] = {}
     for line in next(store.glob("distill/*overfill*/progress/metrics.jsonl")).read_text().splitlines():
         point = json.loads(line)
         found.setdefault(point["step"], {}).update(point["metrics"])
-    return {step: {k: v for k, v in found[step].items() if k != "train/tokens_per_second"} for step in sorted(found)}
+    return {step: {k: v for k, v in found[step].items() if not of_the_machine(k)} for step in sorted(found)}
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from machine_metrics import of_the_machine
 from ray import cloudpickle
 from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly
 
@@ -51,12 +52,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def lines(run: StageRun) -> dict[int, dict[str, float]]:
-    """Step -> metrics, without the rate, which differs from run to run."""
+    """Step -> metrics, without those of the machine."""
     found: dict[int, dict[str, float]] = {}
     for line in run.metrics_path.read_text().splitlines():
         values = json.loads(line)
         found.setdefault(values["step"], {}).update(values["metrics"])
-    return {step: {k: v for k, v in m.items() if k != "train/tokens_per_second"} for step, m in found.items()}
+    return {step: {k: v for k, v in m.items() if not of_the_machine(k)} for step, m in found.items()}
 
 
 def weights(run: StageRun) -> dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_mlflow import FakeServer, push
 from synthetic_store import SyntheticStore, toy_cells
-from test_tracking import FakeServer, push
 
 from pipeline.config_io import dump_yaml
 from pipeline.experiment import Experiment, is_done, planned, read_experiment

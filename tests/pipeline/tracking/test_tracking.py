@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_mlflow import FakeServer, new_sync, push
 from synthetic_store import SyntheticStore, outcomes, toy_cells
 
 from overfill.errors import UserError
@@ -20,114 +20,15 @@ from pipeline.masking import mask_text, mask_uri
 from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.sweep import Cell
-from pipeline.tracking.content import Value
 from pipeline.tracking.ledger import Ledger
-from pipeline.tracking.models import DatasetUse, LoggedStudent
 from pipeline.tracking.server import without_login
-from pipeline.tracking.sync import KEY_TAG, Known, Sweep, Sync
 from pipeline.tracking.tracker import Tracker, tracking_uri, ui_command
-
-
-@dataclass
-class Run:
-    tags: dict[str, str]
-    parent: str | None
-    status: str = "RUNNING"
-    started: float | None = None
-    ended: float | None = None
-    history: list[tuple[str, int, float]] = field(default_factory=list)
-    parameters: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, Any] = field(default_factory=dict)
-    datasets: list[DatasetUse] = field(default_factory=list)
-    student: LoggedStudent | None = None
-
-
-class FakeServer:
-    """Keeps what it is told, refuses what MLflow refuses, and can be away."""
-
-    def __init__(self) -> None:
-        self.runs: dict[str, Run] = {}
-        self.away = False
-        self.takes_artifacts = True
-        self.experiment_tags: dict[str, str] = {}
-        self.calls = 0
-
-    def find(self, run: str | None, key: str) -> str | None:
-        self._answer()
-        if run is not None:
-            return run if run in self.runs else None
-        return next((name for name, found in self.runs.items() if found.tags[KEY_TAG] == key), None)
-
-    def start(self, name: str, tags: dict[str, str], parent: str | None, started: float | None) -> str:
-        self._answer()
-        identity = f"{name}#{len(self.runs)}"
-        self.runs[identity] = Run(dict(tags), parent, started=started)
-        return identity
-
-    def known(self, run: str) -> Known:
-        self._answer()
-        found = self.runs[run]
-        return Known({key: step for key, step, _ in sorted(found.history)}, set(found.parameters))
-
-    def send(self, run: str, values: Sequence[Value], parameters: dict[str, Any], tags: dict[str, str]) -> None:
-        self._answer()
-        found = self.runs[run]
-        assert not found.parameters.keys() & parameters.keys(), "MLflow refuses to change a parameter"
-        for value in values:
-            assert (value.key, value.step) not in {(key, step) for key, step, _ in found.history}, "logged twice"
-            found.history.append((value.key, value.step, value.value))
-        found.parameters |= parameters
-        found.tags |= tags
-
-    def set_status(self, run: str, status: str, ended: float | None) -> None:
-        self._answer()
-        self.runs[run].status = status
-        self.runs[run].ended = ended
-
-    def upload(self, run: str, files: dict[str, str | Path]) -> None:
-        self._answer()
-        if not self.takes_artifacts:
-            raise PermissionError("no bucket")
-        self.runs[run].files |= files
-
-    def describe(self, tags: dict[str, str]) -> str:
-        self._answer()
-        self.experiment_tags |= tags
-        return "7"
-
-    def link(self, run: str, datasets: Sequence[DatasetUse], student: LoggedStudent | None) -> None:
-        self._answer()
-        self.runs[run].datasets = list(datasets)
-        self.runs[run].student = student
-
-    def _answer(self) -> None:
-        self.calls += 1
-        if self.away:
-            raise ConnectionError("the server is away")
-
-    def run(self, cell: Cell) -> Run:
-        return next(run for run in self.runs.values() if run.tags.get("identity") == cell.identity)
-
-    @property
-    def parent(self) -> Run:
-        return next(run for run in self.runs.values() if run.parent is None)
 
 
 @pytest.fixture
 def synthetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SyntheticStore:
     monkeypatch.setattr("pipeline.reporting.plots.write_plots", lambda groups, folder: [])
     return SyntheticStore(tmp_path / "runs")
-
-
-def new_sync(synthetic: SyntheticStore, cells: list[Cell]) -> Sync:
-    """As a new driver has it: the ledger from the file."""
-    path = synthetic.store.root / "sweeps" / "toy" / "mlflow.json"
-    sweep = Sweep("toy", "a hypothesis", "name: toy\n", cells, synthetic.store, "abc123+")
-    return Sync(sweep, Ledger.read(path, "server"), lambda ledger: ledger.write(path, "server"))
-
-
-def push(sync: Sync, server: FakeServer, final: bool = False) -> None:
-    sync.push(server, sync.snapshot(), final)
 
 
 def distill(cell: Cell) -> Stage:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from machine_metrics import of_the_machine
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly, tiny_model
@@ -275,11 +276,12 @@ def test_a_stop_between_two_lines_leaves_the_same_curve_as_no_stop(
 
 
 def curve(run: StageRun) -> list[tuple[int, int, dict[str, float]]]:
-    """(step, tokens, metrics) of every line, without the rate."""
+    """(step, tokens, metrics) of every line, without those of the machine."""
     found = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    for line in found:
-        line["metrics"].pop("train/tokens_per_second", None)
-    return [(line["step"], line["tokens"], line["metrics"]) for line in found]
+    return [
+        (line["step"], line["tokens"], {k: v for k, v in line["metrics"].items() if not of_the_machine(k)})
+        for line in found
+    ]
 
 
 def test_calibration_that_is_asked_to_stop_ends_before_its_next_batch_and_writes_nothing(
@@ -331,7 +333,7 @@ def test_metrics_are_means_over_tokens_and_come_with_every_checkpointed_step(
     trained = [line for line in lines if "train/loss" in line["metrics"]]
     assert [line["step"] for line in trained] == list(range(1, 13))
     assert [line["step"] for line in lines if "validation/nll" in line["metrics"]] == [5, 10, 12]
-    measured = {"train/tokens_per_second", *(name for name in lines[0]["metrics"] if name.startswith("system/"))}
+    measured = {name for name in lines[0]["metrics"] if of_the_machine(name)}
     assert "system/cpu_utilization_percentage" in measured
     for line, other_line in zip(lines, other_lines, strict=True):
         for name in line["metrics"].keys() - measured:
