@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from overfill.errors import UserError
 from pipeline.tracking.content import RunStatus, Value
 from pipeline.tracking.models import DatasetUse, LoggedStudent
 from pipeline.tracking.pyfunc_model import MAX_NEW_TOKENS, REFERENCE_FILE
@@ -55,6 +56,7 @@ class MlflowServer:
             logging.getLogger(name).setLevel(logging.WARNING)  # a line per migration is nothing for users
         # Two drivers that open a fresh SQLite file at once would both migrate it, and one would crash.
         with _exclusive(store_root / ".mlflow-migration.lock"):
+            self._uri = uri
             self._client = MlflowClient(tracking_uri=uri)
             self._experiment = self._experiment_id(uri, store_root)
 
@@ -146,20 +148,31 @@ class MlflowServer:
             self._log_student(run, student)
 
     def register(self, run: str, name: str) -> str | None:
-        """The version of the registered model `name` that is the run's student, made if need be; None without a student."""
+        """The version of the registered model `name` that is the run's student, made if need be; None without a student.
+
+        Raises UserError for what MLflow refuses."""
+        import mlflow
         from mlflow.exceptions import MlflowException
 
+        mlflow.set_tracking_uri(self._uri)  # the registry looks logged models up by a client of its own
         logged = self._client.get_run(run).outputs.model_outputs
         if not logged:
             return None
+        try:
+            return self._version(run, logged[0].model_id, name)
+        except MlflowException as error:
+            raise UserError(f"--as {name}: MLflow refuses ({str(error).splitlines()[0][:200]})") from error
+
+    def _version(self, run: str, model: str, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
         try:
             self._client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        model = logged[0].model_id
         versions = self._client.search_model_versions(f"name = '{name}'")
-        same = next((version for version in versions if version.model_id == model), None)
+        same = next((version for version in versions if version.run_id == run), None)
         found = same or self._client.create_model_version(name, f"models:/{model}", run_id=run, model_id=model)
         return str(found.version)
 

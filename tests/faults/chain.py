@@ -25,8 +25,9 @@ DURATIONS_S = {
 """About how long each stage takes, the start of its workers included: faults strike at any time in it."""
 MOST_STARTS = 4
 """Drivers that end one after another, without a fault in between, before that counts as no progress."""
-PATIENCE_S = 30.0
-"""How long processes may take to end by themselves, after the run that they belong to."""
+PATIENCE_S = 120.0
+"""How long processes may take to end by themselves, after the run that they belong to: the agents of a node whose driver
+was killed look for it once a minute."""
 
 
 @dataclass(frozen=True)

@@ -232,11 +232,11 @@ def test_mlflow_has_one_parent_and_comparable_children(finished):
     assert steps[-1] == 50
 
 
-def test_mlflow_has_the_corpus_and_answers_with_the_student(finished):
+def test_mlflow_has_the_corpus_and_answers_with_the_student(finished, monkeypatch):
     import mlflow
 
     store, _ = finished
-    mlflow.set_tracking_uri(f"sqlite:///{store}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.method = 'overfill'")
     uses = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
@@ -252,7 +252,7 @@ def test_mlflow_has_the_corpus_and_answers_with_the_student(finished):
         assert subprocess.check_output(command, text=True, env=environment()).strip() == answer.strip()
 
 
-def test_a_student_is_registered_once_and_loads_by_its_name(finished):
+def test_a_student_is_registered_once_and_loads_by_its_name(finished, monkeypatch):
     import mlflow
 
     store, _ = finished
@@ -260,7 +260,7 @@ def test_a_student_is_registered_once_and_loads_by_its_name(finished):
     words = ("register", "tiny", "--as", "toy-student", "--cell", label)
     first, again = (overfill(*words, store=store).stdout for _ in range(2))
     assert first == again == f"{label}: models:/toy-student/1\n"
-    mlflow.set_tracking_uri(f"sqlite:///{store}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
     assert len(mlflow.pyfunc.load_model("models:/toy-student/1").predict(["sort: dbca"])) == 1
     full = overfill("register", "tiny", "--cell", "small · full", store=store, code=2)
     assert full.stderr.startswith("overfill: small · full: no student was logged with it")

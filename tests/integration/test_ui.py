@@ -56,7 +56,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[SyntheticStore, lis
     for number, cell in enumerate(cells):
         synthetic.finish(cell, outcomes(190 - 10 * number))
     keep_experiment(Experiment(cells[0].config, cells), synthetic.store)
-    with Tracker(synthetic.store, cells[0].config, cells):
+    with Tracker(synthetic.store, cells[0].config, cells, uri=f"sqlite:///{synthetic.store.root}/mlflow.db"):
         pass
     return synthetic, cells
 
@@ -102,7 +102,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def visit(browser: Any, address: str) -> None:
-    """Open a page; a server that is still starting gets time."""
+    """Open a page anew, for one that only gets another query keeps what it shows; a starting server gets time."""
+    browser.get("about:blank")
     eventually(lambda: browser.get(address) or True, trouble=WebDriverException)
 
 
@@ -163,7 +164,6 @@ def test_the_sweeps_own_view_shows_its_cells_and_what_matters_of_them(browser, a
 def test_a_filter_by_tag_leaves_the_cells_of_one_method(browser, address) -> None:
     filtered = "searchFilter=tags.sweep+%3D+%27toy%27+and+tags.method+%3D+%27overfill%27"
     filtered += "&orderByKey=metrics.%60eval%2Fexact_match%60&orderByAsc=false"  # by a metric, or parents are shown too
-    visit(browser, "about:blank")  # the same page with another query keeps what it shows
     visit(browser, f"{address.split('?')[0]}?{filtered}")
     keep(browser, "filter")
     eventually(lambda: "2 matching runs" in text(browser))
