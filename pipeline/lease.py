@@ -150,8 +150,10 @@ class Lease:
             return
         self._end.set()
         self._thread.join()
-        _write(self._descriptor, self.owner, self._count, over=True)
-        os.close(self._descriptor)
+        try:
+            _write(self._descriptor, self.owner, self._count, over=True)
+        finally:
+            os.close(self._descriptor)
 
     def __enter__(self) -> Lease:
         return self
@@ -202,9 +204,9 @@ def acquire(attempts: Path, after: int, beat: float = BEAT) -> Lease | None:
         descriptor = os.open(fresh / LEASE_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except FileNotFoundError:
         return None  # a winner has cleared it away
-    _write(descriptor, owner, 0)
     folder = attempt_folder(attempts, after + 1)
     try:
+        _write(descriptor, owner, 0)
         fresh.rename(folder)
     except OSError as error:
         os.close(descriptor)
@@ -213,7 +215,10 @@ def acquire(attempts: Path, after: int, beat: float = BEAT) -> Lease | None:
             return None
         raise
     _clear_losers(attempts)
-    _point(attempts.parent / LEASE_FILE, folder / LEASE_FILE, owner.token)
+    try:
+        _point(attempts.parent / LEASE_FILE, folder / LEASE_FILE, owner.token)
+    except OSError as error:  # a full disk; the lease is taken, and without a heartbeat it would block this very process
+        log.warning("%s still points at an older attempt: %s", attempts.parent / LEASE_FILE, error)
     return Lease(folder, descriptor, owner, beat)
 
 

@@ -52,8 +52,9 @@ class MlflowServer:
         os.environ.update(SETTINGS | dict(os.environ) | login)
         from mlflow import MlflowClient
 
-        for name in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # a line per migration is nothing for users
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # a line per migration is nothing for users
+        # A full disk is a hundred lines of traceback there, at every look; the tracker says it in one.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         # Two drivers that open a fresh SQLite file at once would both migrate it, and one would crash.
         with _exclusive(store_root / ".mlflow-migration.lock"):
             self._uri = uri

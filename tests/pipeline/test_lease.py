@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -53,6 +54,10 @@ def lease(attempts: Path) -> Iterator[Lease]:
     taken.release()
 
 
+def disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def foreign(attempts: Path, number: int = 1, beat: int = 0, state: str = "held") -> Path:
     """A lease of a process on another host, as that process would have written it."""
     folder = attempt_folder(attempts, number)
@@ -87,6 +92,23 @@ def test_the_link_for_people_points_at_the_newest_attempt(attempts: Path, lease:
     assert second is not None
     assert link.resolve() == second.folder / LEASE_FILE
     second.release()
+
+
+def test_a_full_disk_takes_the_link_for_people_but_not_the_lease(attempts: Path, monkeypatch):
+    """An exception after the number is taken would leave a lease without a heartbeat, and block its own process."""
+
+    monkeypatch.setattr("pipeline.lease._point", disk_full)
+    taken = acquire(attempts, after=0)
+    assert taken is not None and taken.held()
+    taken.release()
+    assert Watch(attempts).look().state == "free"
+
+
+def test_a_contender_that_cannot_write_leaves_nothing(attempts: Path, monkeypatch):
+    monkeypatch.setattr("os.pwrite", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        acquire(attempts, after=0)
+    assert list(attempts.iterdir()) == []
 
 
 def test_a_holder_that_was_taken_over_knows_it_and_cannot_write_over_its_successor(attempts: Path, lease: Lease):

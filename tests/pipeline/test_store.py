@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from overfill.errors import UserError
 from pipeline import fingerprint
 from pipeline.build import Build
 from pipeline.lease import Sighting
-from pipeline.record import Record
+from pipeline.record import Record, write_text
 from pipeline.resume import Facts, Reuse, plan
 from pipeline.runner import RunContext, StageFailed, run_graph
 from pipeline.stage import External
@@ -397,3 +398,16 @@ def test_of_many_artifacts_those_with_the_most_similar_labels_are_compared(store
         run_graph([toy(label=label, rate=1, name_of=label)], store)
     nearest = store.nearest(toy(label="small-0.5-overfill-s1", rate=2, name_of="small-0.5-overfill-s0"))
     assert nearest is not None and nearest.artifact.startswith("teacher/small-0.5-overfill-s0_")
+
+
+def test_a_note_that_a_full_disk_cut_short_leaves_neither_half_a_file_nor_a_changed_one(tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    note = tmp_path / "outcome.json"
+    write_text(note, "before")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(note, "after")
+    assert list(tmp_path.iterdir()) == [note]
+    assert note.read_text() == "before"
