@@ -23,11 +23,12 @@ test-integration: $(VENV)/.installed-test
 fuzz: $(VENV)/.installed-test
 	OVERFILL_FUZZ=full $(BIN)/python -m pytest tests/fuzz --timeout 3600 --numprocesses 2 --dist load
 
-# Random faults in real runs, about half a minute for each: make faults N=20 SEED=1
+# Random faults in real runs: make faults N=20 SEED=1 JOBS=2
 N ?= 200
 SEED ?= 0
+JOBS ?= 1
 faults: $(VENV)/.installed-test
-	$(BIN)/python -m tests.faults -n $(N) --seed $(SEED)
+	$(BIN)/python -m tests.faults -n $(N) --seed $(SEED) --jobs $(JOBS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

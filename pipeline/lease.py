@@ -217,7 +217,9 @@ def acquire(attempts: Path, after: int, beat: float = BEAT) -> Lease | None:
     _clear_losers(attempts)
     try:
         _point(attempts.parent / LEASE_FILE, folder / LEASE_FILE, owner.token)
-    except OSError as error:  # a full disk; the lease is taken, and without a heartbeat it would block this very process
+    except (
+        OSError
+    ) as error:  # a full disk; the lease is taken, and without a heartbeat it would block this very process
         log.warning("%s still points at an older attempt: %s", attempts.parent / LEASE_FILE, error)
     return Lease(folder, descriptor, owner, beat)
 

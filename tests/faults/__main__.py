@@ -1,9 +1,10 @@
 """`make faults`: many runs with faults at random times, and a table of what became of them.
 
     python -m tests.faults [-n INJECTIONS] [--seed SEED] [--length FAULTS] [--only WORD ...] [--minutes MINUTES]
-                           [--folder FOLDER]
+                           [--jobs RUNS] [--folder FOLDER] [--table]
 
-The last line is JSON. Exit code 1 when anything was lost; the stores of those runs stay in the folder.
+A folder that has verdicts of earlier calls is gone on with. The last line is JSON. Exit code 1 when anything was lost;
+the stores of those runs stay in the folder.
 """
 
 from __future__ import annotations
@@ -14,21 +15,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from pipeline.record import source_commit
-from tests.faults.chain import Outcome, draw_chain, run_chain, unbroken
+from tests.faults import tally
+from tests.faults.chain import Injection, Outcome, draw_chain, kind_of, run_chain, unbroken
 from tests.faults.place import Place
-from tests.faults.strikes import FAULTS, Fault, Kind
+from tests.faults.strikes import FAULTS, Fault
 from tests.faults.surroundings import Unavailable
+from tests.faults.tally import Verdict
 from tests.faults.verdict import Result
-
-WEIGHTS: dict[Kind, int] = {"plain": 8, "disk": 2, "server": 2, "cluster": 2, "clock": 2}
-"""How often a run has what around it."""
 
 FRUITLESS = 3
 """Runs one after another in which no fault found anything to hit: the next would not either."""
@@ -38,116 +37,92 @@ def main() -> int:
     """Inject until the number is reached or the time is up; the exit code."""
     options = _options()
     faults = [fault for fault in FAULTS if not options.only or any(word in fault.name for word in options.only)]
-    folder = Path(options.folder or tempfile.mkdtemp(prefix="overfill-faults-"))
-    place = Place(folder.absolute() / "place")
-    print(f"working in {folder.absolute()}", flush=True)
-    try:
-        outcomes, skipped = _run_all(place, _unbroken(place, folder), faults, options)
-    finally:
-        place.end()
-    _print_table(outcomes, faults)
-    for kind, why in skipped.items():
+    folder = Path(options.folder or tempfile.mkdtemp(prefix="overfill-faults-")).absolute()
+    broken = False
+    if not options.table:
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"working in {folder}", flush=True)
+        broken = _run_jobs(folder, faults, options)
+    verdicts = tally.read(folder)
+    print(tally.table(verdicts, faults))
+    for kind, why in tally.unavailable(verdicts).items():
         print(f"skipped: {kind}: {why}")
-    summary = _summary(outcomes, options.seed, skipped)
+    summary = tally.summary(verdicts)
     print(json.dumps(summary, sort_keys=True))
-    return 1 if summary["lost"] else 0
+    return 1 if summary["lost"] or broken else 0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults", description="Faults in real runs, and a table of what became of them."
     )
-    parser.add_argument("-n", "--injections", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of faults and moments; the same seed draws the same")
+    parser.add_argument("-n", "--injections", type=int, default=200, help="in the folder, earlier calls included")
+    parser.add_argument("--seed", type=int, default=0, help="of faults and moments")
     parser.add_argument("--length", type=int, default=5, help="faults in one run")
     parser.add_argument("--only", nargs="*", help="words; only faults whose name has one of them")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side: much of a run is waiting")
     parser.add_argument("--folder", help="where to work, and what to keep there of lost runs; a new one by default")
+    parser.add_argument("--table", action="store_true", help="only print what the folder's runs have come to")
     return parser.parse_args()
 
 
-def _unbroken(place: Place, folder: Path) -> Result:
-    """The unbroken run's result; one that an earlier call of the same commit left in the folder is used again."""
-    path = folder / f"unbroken-{source_commit()}.json"
+def _run_jobs(folder: Path, faults: Sequence[Fault], options: argparse.Namespace) -> bool:
+    """Run side by side, each job at a place of its own; whether one of them ended by an error of its own."""
+    end = time.monotonic() + 60 * options.minutes
+    context = get_context("fork")
+    numbers = range(1, options.jobs + 1)
+    jobs = [context.Process(target=_run_job, args=(folder, number, faults, options, end)) for number in numbers]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    return any(job.exitcode for job in jobs)
+
+
+def _run_job(folder: Path, job: int, faults: Sequence[Fault], options: argparse.Namespace, end: float) -> None:
+    place = Place(folder / f"place-{job}")
+    commit = source_commit() or "unknown"
+    try:
+        expected = _unbroken(place, folder / f"unbroken-{job}-{commit}.json")
+        fruitless = 0
+        while fruitless < FRUITLESS and time.monotonic() < end:
+            verdicts = tally.read(folder)
+            missing = options.injections - sum(tally.count(verdicts).values())
+            possible = [fault for fault in faults if fault.kind not in tally.unavailable(verdicts)]
+            if missing <= 0 or not possible:
+                return
+            prefix = f"{options.seed}-{job}-"
+            seed = f"{prefix}{sum(verdict.seed.startswith(prefix) for verdict in verdicts)}"
+            random = Random(seed)
+            chain = draw_chain(random, min(options.length, missing), possible, tally.count(verdicts))
+            verdict = _judge(place, chain, expected, seed, commit)
+            fruitless = 0 if verdict.struck else fruitless + 1
+            tally.append(folder, verdict)
+            print(verdict, flush=True)
+    finally:
+        place.end()
+
+
+def _judge(place: Place, chain: Sequence[Injection], expected: Result, seed: str, commit: str) -> Verdict:
+    try:
+        outcome = run_chain(place, chain, expected, seed)
+    except Unavailable as why:
+        return Verdict(seed, commit, kind_of(chain), unavailable=str(why))
+    except Exception as error:  # an unfinished run says nothing, but must not end the others
+        traceback.print_exc()
+        outcome = Outcome(kind_of(chain), problems=[f"the harness failed: {error!r}"])
+    return Verdict.of(outcome, seed, commit)
+
+
+def _unbroken(place: Place, path: Path) -> Result:
+    """The unbroken run's result; one that an earlier call of the same commit left is used again.
+
+    Of every place its own: a student's manifest names its full model's folder."""
     if not path.exists():
         place.clear()
         unbroken(place).write(path)
     return Result.read(path)
-
-
-def _run_all(
-    place: Place, expected: Result, faults: Sequence[Fault], options: argparse.Namespace
-) -> tuple[list[Outcome], dict[str, str]]:
-    random = Random(options.seed)
-    outcomes: list[Outcome] = []
-    skipped: dict[str, str] = {}
-    end, injected = time.monotonic() + 60 * options.minutes, 0
-    kinds: list[Kind] = [kind for kind, weight in WEIGHTS.items() for _ in range(weight)]
-    possible = {fault.kind for fault in faults}
-    while injected < options.injections and time.monotonic() < end and possible - skipped.keys():
-        if len(outcomes) >= FRUITLESS and not any(outcome.struck for outcome in outcomes[-FRUITLESS:]):
-            break
-        kind = random.choice([kind for kind in kinds if kind in possible])
-        seed = random.randrange(10**6)
-        if kind in skipped:
-            continue
-        chain = draw_chain(random, kind, min(options.length, options.injections - injected), faults)
-        try:
-            outcome = run_chain(place, chain, expected, seed)
-        except Unavailable as why:
-            skipped[kind] = str(why)
-            continue
-        except Exception as error:  # an unfinished run says nothing, but must not end the others
-            traceback.print_exc()
-            outcome = Outcome(kind, problems=[f"the harness failed: {error!r}"])
-        injected += len(outcome.struck)
-        outcomes.append(outcome)
-        _print_outcome(outcome, seed)
-    return outcomes, skipped
-
-
-def _print_outcome(outcome: Outcome, seed: int) -> None:
-    word = "LOST" if outcome.problems else "recovered"
-    print(f"{word} ({outcome.kind}, {outcome.drivers} drivers, {outcome.seconds:.0f} s, {seed})")
-    for injection, hit in outcome.struck:
-        print(f"    {injection}: {hit}")
-    for problem in outcome.problems:
-        print(f"    ! {problem}")
-    sys.stdout.flush()
-
-
-def _print_table(outcomes: Sequence[Outcome], faults: Sequence[Fault]) -> None:
-    """Of a lost run all of its faults count as lost: any of them may have done it."""
-    injected, recovered = _count(outcomes), _count([outcome for outcome in outcomes if not outcome.problems])
-    rows = [(fault.name, injected[fault.name], recovered[fault.name]) for fault in faults]
-    rows += [("all", sum(injected.values()), sum(recovered.values()))]
-    print(f"| {'fault':32} | injected | recovered | lost |\n|{'-' * 34}|---------:|----------:|-----:|")
-    for name, times, well in rows:
-        print(f"| {name:32} | {times:8} | {well:9} | {times - well:4} |")
-
-
-def _count(outcomes: Sequence[Outcome]) -> Counter[str]:
-    return Counter(injection.fault.name for outcome in outcomes for injection, _ in outcome.struck)
-
-
-def _summary(outcomes: Sequence[Outcome], seed: int, skipped: dict[str, str]) -> dict[str, Any]:
-    injected, recovered = _count(outcomes), _count([outcome for outcome in outcomes if not outcome.problems])
-    return {
-        "injected": sum(injected.values()),
-        "recovered": sum(recovered.values()),
-        "lost": sum(injected.values())
-        - sum(recovered.values())
-        + sum(bool(o.problems) and not o.struck for o in outcomes),
-        "runs": len(outcomes),
-        "drivers": sum(outcome.drivers for outcome in outcomes),
-        "seconds": round(sum(outcome.seconds for outcome in outcomes)),
-        "missed": sum(len(outcome.missed) for outcome in outcomes),
-        "seed": seed,
-        "commit": source_commit(),
-        "skipped": skipped,
-        "faults": {name: [times, recovered[name]] for name, times in sorted(injected.items())},
-        "problems": [problem for outcome in outcomes for problem in outcome.problems],
-    }
 
 
 if __name__ == "__main__":

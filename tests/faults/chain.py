@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -69,13 +69,24 @@ class Outcome:
     seconds: float = 0.0
 
 
-def draw_chain(random: Random, kind: Kind, length: int, faults: Sequence[Fault] = FAULTS) -> list[Injection]:
-    """Faults for one run: at least one of its kind, the others such as need nothing around it."""
-    own = [fault for fault in faults if fault.kind == kind]
-    plain = [fault for fault in faults if fault.kind == "plain"] or own
-    chosen = [random.choice(own), *(random.choice(own if random.random() < 0.3 else plain) for _ in range(length - 1))]
-    drawn = [Injection.draw(fault, random) for fault in chosen]
+def draw_chain(
+    random: Random, length: int, faults: Sequence[Fault] = FAULTS, injected: Mapping[str, int] | None = None
+) -> list[Injection]:
+    """Faults for one run, rather those that were injected less often so far.
+
+    The first one says what is around the run; the others need the same, or nothing."""
+    times = injected or {}
+    weights = {fault: 1 / (1 + times.get(fault.name, 0)) ** 2 for fault in faults}
+    first = random.choices(faults, list(weights.values()))[0]
+    possible = [fault for fault in faults if fault.kind in ("plain", first.kind)]
+    others = random.choices(possible, [weights[fault] for fault in possible], k=length - 1)
+    drawn = [Injection.draw(fault, random) for fault in (first, *others)]
     return sorted(drawn, key=lambda one: (STAGES.index(one.stage), one.step or one.after))
+
+
+def kind_of(injections: Sequence[Injection]) -> Kind:
+    """What they need around the run: one thing at most beside the plain ones."""
+    return next((one.fault.kind for one in injections if one.fault.kind != "plain"), "plain")
 
 
 def unbroken(place: Place) -> verdict.Result:
@@ -88,17 +99,15 @@ def unbroken(place: Place) -> verdict.Result:
     return verdict.Result.of(place.store)
 
 
-def run_chain(place: Place, injections: Sequence[Injection], expected: verdict.Result, seed: int) -> Outcome:
+def run_chain(place: Place, injections: Sequence[Injection], expected: verdict.Result, seed: str) -> Outcome:
     """Run the experiment in an empty place, with these faults.
 
     Raises Unavailable when this machine does not allow what they need."""
-    kinds: set[Kind] = {one.fault.kind for one in injections if one.fault.kind != "plain"}
-    kind: Kind = kinds.pop() if kinds else "plain"
-    outcome, began = Outcome(kind), time.monotonic()
+    outcome, began = Outcome(kind_of(injections)), time.monotonic()
     place.clear()
     place.environment.clear()
     place.arguments = ()
-    with KINDS[kind](place) as around:
+    with KINDS[outcome.kind](place) as around:
         try:
             _Chain(place, around, outcome, Random(seed)).run(injections, expected)
         finally:
@@ -214,7 +223,7 @@ def _left(place: Place) -> list[tuple[int, str]]:
     return sorted(place.leftover_processes(PATIENCE_S).items())
 
 
-def _keep(place: Place, seed: int) -> None:
+def _keep(place: Place, seed: str) -> None:
     """Set the store of a lost run aside, with what its drivers printed."""
     target = place.folder.parent / f"lost-{seed}"
     shutil.rmtree(target, ignore_errors=True)

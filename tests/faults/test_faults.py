@@ -26,7 +26,7 @@ def expected(place: Place) -> Result:
 
 
 def check(place: Place, expected: Result, *injections: Injection) -> None:
-    outcome = run_chain(place, injections, expected, seed=0)
+    outcome = run_chain(place, injections, expected, seed="0")
     assert not outcome.problems, "\n".join([*map(str, outcome.struck), *outcome.problems])
     assert not outcome.missed, "a fault that found nothing to hit proves nothing"
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -15,11 +16,12 @@ from synthetic_store import SyntheticStore, toy_cells
 
 from pipeline.experiment import Experiment, keep_experiment
 from pipeline.lease import acquire
-from tests.faults import __main__ as program
-from tests.faults.chain import Injection, Outcome, draw_chain
+from tests.faults import tally
+from tests.faults.chain import Injection, Outcome, draw_chain, kind_of
 from tests.faults.place import STAGES, STEPS, Driver, Place
 from tests.faults.strikes import FAULTS
 from tests.faults.surroundings import WithClock
+from tests.faults.tally import Verdict
 from tests.faults.verdict import Result, _files, _steps, differences, leftovers
 
 
@@ -84,16 +86,21 @@ def test_another_file_another_loss_and_a_step_that_is_there_twice_are_seen(writt
 
 
 def test_a_chain_is_drawn_from_its_seed_in_the_order_of_the_stages():
-    for seed in range(20):
-        chain = draw_chain(Random(seed), "disk", 5)
-        assert chain == draw_chain(Random(seed), "disk", 5)
+    for seed in range(40):
+        chain = draw_chain(Random(seed), 5)
+        assert chain == draw_chain(Random(seed), 5)
         assert [one.stage for one in chain] == sorted((one.stage for one in chain), key=STAGES.index)
-        assert any(one.fault.kind == "disk" for one in chain)
-        assert {one.fault.kind for one in chain} <= {"disk", "plain"}
+        assert {one.fault.kind for one in chain} <= {kind_of(chain), "plain"}
         for one in chain:
             assert one.stage in one.fault.stages
             assert one.step < STEPS.get(one.stage, 1)
             assert not one.fault.at_step or one.step >= one.fault.at_step
+
+
+def test_what_was_injected_seldom_is_drawn_rather():
+    injected = {fault.name: 10 for fault in FAULTS} | {"disk full": 1, "SIGTERM": 1}
+    drawn = Counter(one.fault.name for seed in range(50) for one in draw_chain(Random(seed), 5, FAULTS, injected))
+    assert {name for name, _ in drawn.most_common(2)} == {"disk full", "SIGTERM"}
 
 
 def test_the_whole_session_of_a_driver_dies_with_its_machine(tmp_path):
@@ -130,12 +137,17 @@ def test_what_is_around_a_run_is_prepared_and_a_clock_can_be_set(tmp_path):
         assert ahead().split() == ["-86400.0", "0"]
 
 
-def test_the_table_counts_every_fault_of_a_lost_run_as_lost(capsys):
+def test_the_table_counts_over_calls_and_every_fault_of_a_lost_run_as_lost(tmp_path):
     first, second = FAULTS[0], FAULTS[1]
     well = Outcome("plain", [(Injection(first, "data"), "driver"), (Injection(second, "data"), "9 processes")])
     lost = Outcome("plain", [(Injection(first, "data"), "driver")], problems=["data: its lease is held"])
-    program._print_table([well, lost], (first, second))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    for seed, outcome in (("0-1-0", well), ("0-2-0", lost)):
+        tally.append(tmp_path, Verdict.of(outcome, seed, "abc"))
+    tally.append(tmp_path, Verdict("0-1-1", "abc", "disk", unavailable="mount is not permitted"))
+    verdicts = tally.read(tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tally.table(verdicts, FAULTS[:2]).splitlines()]
     assert rows[2:] == [[first.name, "2", "1", "1"], [second.name, "1", "1", "0"], ["all", "3", "2", "1"]]
-    summary = program._summary([well, lost], 7, {})
-    assert (summary["injected"], summary["recovered"], summary["lost"]) == (3, 2, 1)
+    summary = tally.summary(verdicts)
+    assert (summary["injected"], summary["recovered"], summary["lost"], summary["runs"]) == (3, 2, 1, 2)
+    assert summary["problems"] == ["0-2-0: data: its lease is held"]
+    assert summary["skipped"] == {"disk": "mount is not permitted"}
