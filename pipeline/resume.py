@@ -8,7 +8,7 @@ that another process is building. For each needed stage, in order:
     an attempt of this run's time failed           -> Refuse: it would fail again
     it was stopped by the scheduler                -> Refuse, unless stopped stages are to be continued
     an input waits or is refused                   -> Wait
-    a step checkpoint is there                     -> Resume
+    a step checkpoint or answered shards are there -> Resume
     otherwise, also where its artifact is altered  -> Run
 
 Run and Resume name in `after` those of their inputs that this plan builds first.
@@ -48,6 +48,10 @@ class Facts:
     """Log of the newest attempt."""
     checkpoint: int | None = None
     """Step of the newest whole step checkpoint."""
+    torn: str = ""
+    """Newer step checkpoints that are not whole, and why."""
+    shards: str = ""
+    """Of tasks: the shards and documents that are answered."""
     stopped: str = ""
     """Why the scheduler stopped it; empty when it did not."""
     nearest: Nearest | None = None
@@ -89,7 +93,7 @@ class Run(_Action):
 
 @dataclass(frozen=True)
 class Resume(_Action):
-    """Build it, going on from its step checkpoint."""
+    """Build it, going on from its step checkpoint, or behind its finished shards."""
 
     after: tuple[str, ...] = ()
     """As in Run."""
@@ -169,10 +173,12 @@ def _decide(
         return Wait(stage, f"waits for: {', '.join(blocked)}")
     after = tuple(source.name for source, action in sources if not isinstance(action, Reuse))
     if facts.checkpoint is not None:
-        return Resume(stage, f"from step checkpoint {facts.checkpoint}{_history(facts, ' of ')}", after)
+        return Resume(stage, f"from step checkpoint {facts.checkpoint}{_history(facts, ' of ')}{_torn(facts)}", after)
+    if facts.shards:
+        return Resume(stage, f"behind {facts.shards}{_history(facts, ' of ')}", after)
     if facts.artifact == "altered":
         return Run(stage, f"it is set aside and built again: {facts.problem}", after)
-    return Run(stage, f"no artifact{_history(facts, '; ')}{_comparison(facts)}", after)
+    return Run(stage, f"no artifact{_history(facts, '; ')}{_torn(facts)}{_comparison(facts)}", after)
 
 
 def _distinct(stages: Sequence[Stage]) -> list[Stage]:
@@ -190,6 +196,10 @@ def _history(facts: Facts, joint: str) -> str:
     if facts.outcome == "failed":
         return f"{joint}attempt {facts.attempt}{relative}failed: {facts.error}"
     return f"{joint}attempt {facts.attempt}{relative}was interrupted" + (f": {facts.error}" if facts.error else "")
+
+
+def _torn(facts: Facts) -> str:
+    return f"; not whole: {facts.torn}" if facts.torn else ""
 
 
 def _comparison(facts: Facts) -> str:

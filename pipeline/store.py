@@ -23,7 +23,6 @@ import heapq
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,9 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from overfill.errors import UserError
+from pipeline import kept
 from pipeline.difference import Nearest, differences
+from pipeline.kept import Kept
 from pipeline.lease import TTL, Sighting, Watch, attempt_folder, newest_attempt
 from pipeline.notes import read_note, text_of
 from pipeline.paths import require_regular
@@ -47,7 +48,6 @@ _COMPARED = 16
 """Artifacts that a missing one is compared with, to say in what it differs from what is there."""
 _TICK_S = 0.1
 """Longer than a tick of the clock that a local file system takes its times from."""
-_STEP = re.compile(r"step-(\d+)")
 
 State = Literal["done", "running", "failed", "waiting", "stopped", "interrupted", "altered", "missing"]
 
@@ -79,7 +79,9 @@ class Status:
     log: Path | None = None
     """Log of the newest attempt."""
     checkpoint: int | None = None
-    """Step of the newest step checkpoint."""
+    """Step of the newest whole step checkpoint, of a stage that is neither finished nor running."""
+    torn: str = ""
+    """Newer step checkpoints that are not whole, and why."""
     record: Record | None = None
     """Of a finished stage."""
 
@@ -266,6 +268,8 @@ class Store:
         last = attempt_folder(folder / "attempts", seen.attempt)
         note = read_note(last / OUTCOME_FILE) if seen.attempt else {}
         outcome = next((known for known in get_args(Outcome) if note.get("status") == known), None)
+        # What somebody writes at the moment is not whole yet, and a finished stage has nothing to go on from.
+        left = Kept() if seen.state == "held" or artifact == "ok" else kept.look(folder / "progress")
         died = outcome is None and seen.state != "held" and seen.attempt > 0
         return Facts(
             artifact=artifact,
@@ -276,7 +280,9 @@ class Store:
             outcome="interrupted" if died else outcome,
             error=(seen.why or "it ended without a word") if died else text_of(note, "error"),
             log=str(last / LOG_FILE) if seen.attempt else "",
-            checkpoint=newest_checkpoint(folder / "progress"),
+            checkpoint=left.checkpoint,
+            torn=left.torn,
+            shards=left.shards,
             stopped=text_of(read_note(folder / "progress" / STOPPED_FILE), "reason"),
             nearest=self.nearest(stage) if explain and artifact == "missing" and seen.state != "held" else None,
         )
@@ -306,6 +312,7 @@ class Store:
             error=facts.error if state in ("failed", "interrupted") else facts.problem,
             log=Path(facts.log) if facts.log else None,
             checkpoint=facts.checkpoint,
+            torn=facts.torn,
             record=self.record(stage) if state == "done" else None,
         )
 
@@ -369,11 +376,3 @@ def _holder(seen: Sighting) -> str:
     """Who builds, in words; a silence is mentioned, though only waiting can tell that the holder is dead."""
     silence = f" (silent for {seen.silent / 60:.0f} min)" if seen.state == "held" and seen.silent > TTL else ""
     return f"{seen.owner or 'another process'}{silence}"
-
-
-def newest_checkpoint(progress: Path) -> int | None:
-    """Highest step of the step checkpoints (`pipeline.training.checkpoints`) whose marker is there; None without one.
-
-    Whether the files behind the marker are whole is for the training loop to see, which reads them."""
-    steps = (_STEP.match(marker.parent.name) for marker in progress.glob("*/*/complete.json"))
-    return max((int(step[1]) for step in steps if step), default=None)

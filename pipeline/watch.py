@@ -229,9 +229,18 @@ def _view(status: Status, curve: Curve) -> StageView:
         seconds_left=None if speed is None else speed * max(0, steps - step),
         seconds=None if record is None else record.seconds_all_attempts,
         finished=None if record is None else record.finished,
-        failure=(status.error or status.detail) if status.state in REASONED else None,
+        failure=_reason(status) if status.state in REASONED else None,
         log=status.log,
     )
+
+
+def _reason(status: Status) -> str:
+    """Why it is not done; with a torn step checkpoint also from where it goes on, for that is not from the newest."""
+    why = status.error or status.detail
+    if not status.torn:
+        return why
+    goes_on = "begins anew" if status.checkpoint is None else f"goes on from step {status.checkpoint}"
+    return f"{why}; it {goes_on}, for this is not whole: {status.torn}"
 
 
 def _times(status: Status) -> tuple[float | None, float | None]:

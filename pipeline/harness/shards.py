@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.fingerprint import fingerprint
+from pipeline.kept import SHARDS
 from pipeline.record import read_json, write_json
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from pipeline.harness.adapter import EngineLM
 
 log = logging.getLogger(__name__)
-
-FOLDER = "shards"
 
 Documents = dict[str, "list[list[Instance]]"]
 """By task, the requests of each document."""
@@ -104,7 +103,7 @@ def request_digest(instance: Instance) -> str:
 
 def shard_file(folder: Path, shard: Shard) -> Path:
     """Where a shard's answers are kept. Names of tasks may hold anything, so a digest stands for them."""
-    return folder / FOLDER / fingerprint(shard.task) / f"{shard.start:08d}-{shard.stop:08d}.json"
+    return folder / SHARDS / fingerprint(shard.task) / f"{shard.start:08d}-{shard.stop:08d}.json"
 
 
 def keep(folder: Path, shard: Shard, answers: Answers) -> None:
@@ -119,7 +118,7 @@ def keep(folder: Path, shard: Shard, answers: Answers) -> None:
 def kept(folder: Path, task: str) -> Answers:
     """All answers to a task that are there and whole."""
     found = Answers()
-    for path in sorted((folder / FOLDER / fingerprint(task)).glob("*.json")):
+    for path in sorted((folder / SHARDS / fingerprint(task)).glob("*.json")):
         try:
             entry = read_json(path) or {}
         except ValueError:
@@ -136,7 +135,7 @@ def kept(folder: Path, task: str) -> Answers:
 
 def answered(folder: Path, task: str) -> int:
     """How many of a task's documents have answers, by the names of the files alone: for a progress bar."""
-    ranges = (map(int, path.stem.split("-")) for path in (folder / FOLDER / fingerprint(task)).glob("*.json"))
+    ranges = (map(int, path.stem.split("-")) for path in (folder / SHARDS / fingerprint(task)).glob("*.json"))
     return len({number for start, stop in ranges for number in range(start, stop)})
 
 

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.paths import require_regular
+
 MARKER = "complete.json"
 POSITION = "position.json"
 _NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{6}\Z")
@@ -74,8 +76,8 @@ def mark_complete(folder: Path, ranks: int) -> None:
     _write_json(folder / MARKER, {"ranks": ranks})
 
 
-def why_incomplete(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None when it is complete. Reads every byte of it."""
+def why_incomplete(folder: Path, digests: bool = True) -> str | None:
+    """What is wrong with a checkpoint folder; None when it is complete. With `digests`, reads every byte of it."""
     try:
         ranks = int(_read_json(folder / MARKER)["ranks"])
         for rank in range(ranks):
@@ -83,19 +85,23 @@ def why_incomplete(folder: Path) -> str | None:
                 size = (folder / name).stat().st_size
                 if size != expected["bytes"]:
                     return f"{name} has {size} bytes, {expected['bytes']} were written"
-                if _sha256(folder / name) != expected["sha256"]:
+                if digests and _sha256(folder / name) != expected["sha256"]:
                     return f"{name} is not what was written (sha256 differs)"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"a manifest is torn ({error})"
     return None
 
 
-def newest_complete(root: Path, on_torn: Callable[[Path, str], None]) -> Path | None:
-    """The complete checkpoint with the most steps, or None. `on_torn` gets each newer one that is not, with why."""
+def newest_complete(root: Path, on_torn: Callable[[Path, str], object], digests: bool = True) -> Path | None:
+    """The complete checkpoint with the most steps, or None. `on_torn` gets each newer one that is not, with why.
+
+    Without `digests` a file that has kept its size passes: enough to say what will happen, not to load it."""
     for folder in sorted(_folders(root), reverse=True):
-        reason = why_incomplete(folder)
+        reason = why_incomplete(folder, digests)
         if reason is None:
             return folder
         on_torn(folder, reason)
@@ -137,6 +143,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    require_regular(path)
     return json.loads(path.read_text())
 
 

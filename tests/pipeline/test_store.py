@@ -21,7 +21,7 @@ from pipeline.record import Record, write_text
 from pipeline.resume import Facts, Reuse, plan
 from pipeline.runner import RunContext, StageFailed, run_graph
 from pipeline.stage import External
-from pipeline.store import AlteredArtifact, Store, newest_checkpoint, verify_model
+from pipeline.store import AlteredArtifact, Store, verify_model
 
 
 @pytest.fixture
@@ -294,17 +294,6 @@ def test_a_finished_target_needs_its_ancestors_neither_present_nor_whole(store: 
     shutil.rmtree(store.folder(teacher))
     shorten(store.payload(distill))
     assert set(run_graph([evaluate], store)) == {evaluate.identity}
-
-
-def test_the_newest_checkpoint_is_the_highest_step_with_a_marker(tmp_path: Path):
-    for name in ("step-00000200-3f9a1c", "step-00001000-aaaaaa", "step-99999999999-bbbbbb", "other"):
-        (tmp_path / "steps" / name).mkdir(parents=True)
-        (tmp_path / "steps" / name / "complete.json").touch()
-    (tmp_path / "steps" / "step-00009000-cccccc").mkdir()
-    assert newest_checkpoint(tmp_path) == 99999999999
-    shutil.rmtree(tmp_path / "steps" / "step-99999999999-bbbbbb")
-    assert newest_checkpoint(tmp_path) == 1000
-    assert newest_checkpoint(tmp_path / "absent") is None
 
 
 def test_a_relative_store_is_absolute_for_workers_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
