@@ -21,6 +21,10 @@ ALLOWED = {
     "lm_eval": ("pipeline/harness/",),
     "peft": ("overfill/lora.py",),
     "yaml": ("pipeline/config_io.py",),
+    "fsspec": ("pipeline/objects/",),
+    "s3fs": ("pipeline/objects/s3.py",),
+    "botocore": ("pipeline/objects/s3.py",),
+    "gcsfs": ("pipeline/objects/gs.py",),
 }
 """Library -> the files and folders that may import it, at module level or inside a function."""
 

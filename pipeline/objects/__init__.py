@@ -1,0 +1,1 @@
+"""Objects below a URL, and what is built on them."""
