@@ -238,6 +238,9 @@ class ResourcesConfig(Frozen):
     """Latency; it runs alone on its device."""
     max_concurrent: Count | None = None
     """Cells that run at once; empty takes as many as the cluster's CPUs and GPUs allow."""
+    drivers: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "head"
+    """Where the sweep's driver and its trials run: `head` never leaves the head node; the name of a resource keeps them
+    on nodes that have it; `anywhere` is any node, those that may be preempted too."""
     grace_s: Annotated[float, Field(ge=0.0)] = 30.0
     """Seconds that running stages have to save their position after Ctrl-C or SIGTERM; 0 ends at once."""
 

@@ -1,9 +1,10 @@
 """Ray Tune runs the cells: a trial is `run_graph(cell.stages)`, as many at once as the cluster allows.
 
 The cells are fixed beforehand (`pipeline.sweep`), so Tune's part is placement, concurrency, and early stopping. A trial
-is a driver: it holds a sliver of the head node and no CPU, and its stages ask Ray for what they need. Results live in
-the store; what a trial returns is only its outcome, so running a sweep again needs no `Tuner.restore`, and a cell that
-fails returns its reason instead of raising, for an exception would count against the whole sweep.
+is a driver: it holds a sliver of the head node, or of what `resources.drivers` names, and no CPU, and its stages ask Ray
+for what they need. Results live in the store; what a trial returns is only its outcome, so running a sweep again needs no
+`Tuner.restore`, and a cell that fails returns its reason instead of raising, for an exception would count against the
+whole sweep.
 
 Early stopping is cooperative: when successive halving decides against a cell, a flag is set that its training loop sees
 at the next step; it saves its position and ends. Killing the trial instead would leave its placement group behind
@@ -30,6 +31,7 @@ from pipeline.config import AshaConfig, ResourcesConfig
 from pipeline.curves import Curve
 from pipeline.runner import RunContext, StageFailed, StageInterrupted, StageStopped, run_graph
 from pipeline.store import AlteredArtifact, Store
+from pipeline.submission.fitting import driver_bundle
 from pipeline.sweep import Cell, to_build
 from pipeline.training.resources import STOP_FILE, StopFile
 
@@ -102,8 +104,7 @@ def run_cells(
     tasks = [_Task(cell, store.ended_attempts(cell.stages)) for cell in cells]
     chunks = [ray.put(tasks[start : start + CHUNK]) for start in range(0, len(tasks), CHUNK)]
     job = _Job(chunks, store_root, resources, asha is not None, continue_stopped, leaves, interrupt)
-    # A sliver of the head node: a trial only waits, and must not be on a node that may be taken away.
-    place = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+    place = tune.PlacementGroupFactory([driver_bundle(resources.drivers)])
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_drive, job=job), place),
         param_space={"place": tune.grid_search(list(range(len(cells))))},

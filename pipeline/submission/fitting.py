@@ -18,6 +18,13 @@ ACCELERATOR = "accelerator_type:"
 """Prefix of the resource by which Ray says what GPUs a node has."""
 _SLIVER = 0.001
 """Of such a resource, which a node has once however many work on it."""
+HEAD = "head"
+ANYWHERE = "anywhere"
+_HEAD_NODE = "node:__internal_head__"
+"""The resource that Ray gives to the head node alone."""
+DRIVER_BYTES = 256 * 2**20
+"""What a driver reserves where no resource names its node: of memory, for a sliver of a CPU would keep a worker out that
+needs whole ones."""
 GPU_MEMORY_GIB = {
     "T4": 16, "P100": 16, "V100": 32, "A10G": 24, "L4": 24, "L40S": 48, "A100": 80, "H20": 141, "H100": 94,
     "H200": 141, "B200": 192, "GB200": 192, "B300": 288, "GB300": 288, "RTX-PRO-6000": 96,
@@ -65,6 +72,13 @@ def worker_bundle(resources: StageResources) -> dict[str, float]:
     return bundle
 
 
+def driver_bundle(drivers: str) -> dict[str, float]:
+    """What Ray reserves for a trial, or for the driver of a job: it only waits, so it holds no CPU."""
+    if drivers == ANYWHERE:
+        return {"memory": DRIVER_BYTES}
+    return {_HEAD_NODE if drivers == HEAD else drivers: _SLIVER}
+
+
 def totals(nodes: Sequence[NodeShape]) -> dict[str, float]:
     """Resource -> what all nodes have of it."""
     kinds = {kind for node in nodes for kind in node.resources}
@@ -79,6 +93,13 @@ def check_cluster(
         stage = getattr(resources, name)
         if isinstance(stage, StageResources):
             check_stage(name, stage, now, later, memory.get(name))
+    if resources.drivers not in (HEAD, ANYWHERE) and not any(
+        node.holds(driver_bundle(resources.drivers)) for node in [*now, *later]
+    ):
+        raise UserError(
+            f"resources.drivers = {resources.drivers}: no node of the cluster has a resource of that name; give it to a "
+            f"node type, or take `{HEAD}` or `{ANYWHERE}`"
+        )
 
 
 def check_stage(

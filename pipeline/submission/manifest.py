@@ -19,6 +19,7 @@ from overfill.errors import UserError
 from pipeline.config import StageResources
 from pipeline.config_io import dump_yaml
 from pipeline.record import libraries
+from pipeline.submission.fitting import ANYWHERE, HEAD
 from pipeline.submission.submit import Request, Submission, job_environment, prepare
 
 PACKAGE = "overfill.zip"
@@ -51,7 +52,12 @@ def notes(submission: Submission) -> list[str]:
 
 def objects(submission: Submission) -> list[dict[str, Any]]:
     """ConfigMap and RayJob."""
-    name = object_name(submission.job)
+    name, drivers = object_name(submission.job), submission.config.resources.drivers
+    if drivers not in (HEAD, ANYWHERE):
+        raise UserError(
+            f"--manifest kuberay: resources.drivers = {drivers}: the cluster that a RayJob brings has no such nodes; take "
+            f"`{HEAD}` or `{ANYWHERE}`"
+        )
     content = base64.b64encode(submission.package.content).decode("ascii")
     if len(content) > CONFIG_MAP_LIMIT:
         raise UserError(f"--manifest kuberay: the package has {len(content):,} bytes, a ConfigMap holds 1 MiB")

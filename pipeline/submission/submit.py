@@ -31,7 +31,7 @@ from pipeline.masking import mask_uri
 from pipeline.planning import size
 from pipeline.record import COMMIT_VARIABLE, source_commit
 from pipeline.submission.cluster_file import ClusterFile, read_cluster_file
-from pipeline.submission.fitting import check_cluster
+from pipeline.submission.fitting import ANYWHERE, DRIVER_BYTES, HEAD, check_cluster, driver_bundle
 from pipeline.submission.package import EXPERIMENT, Package, make_package
 from pipeline.sweep import Cell, outline
 
@@ -246,11 +246,20 @@ def start(server: JobServer, submission: Submission, number: int) -> str:
                 submission_id=job,
                 runtime_env={"working_dir": str(archive), "env_vars": job_environment(submission)},
                 metadata={"overfill_experiment": submission.experiment, "overfill_store": mask_uri(submission.store)},
+                **driver_placement(submission.config.resources.drivers),
             )
         except Refused as error:
             if "already exists" not in str(error):
                 raise
     return job
+
+
+def driver_placement(drivers: str) -> dict[str, Any]:
+    """Where Ray starts the job's command, as arguments of its job API; it is the head without any."""
+    if drivers == HEAD:
+        return {}
+    bundle = driver_bundle(drivers)
+    return {"entrypoint_memory": DRIVER_BYTES} if drivers == ANYWHERE else {"entrypoint_resources": bundle}
 
 
 def job_environment(submission: Submission) -> dict[str, str]:

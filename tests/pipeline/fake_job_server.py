@@ -12,6 +12,8 @@ from typing import Any
 
 HEAD = {"CPU": 1.0, "memory": 8e9, "object_store_memory": 2e9, "node:__internal_head__": 1.0}
 WORKER = {"CPU": 8.0, "GPU": 2.0, "memory": 64e9, "object_store_memory": 8e9, "accelerator_type:L4": 1.0}
+KEPT = ("entrypoint", "runtime_env", "metadata", "entrypoint_memory", "entrypoint_resources")
+"""Of what a job is submitted with."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class FakeCluster:
             job = json.loads(body)
             if job["submission_id"] in self.jobs:
                 return 500, f"Traceback\nValueError: Job with submission_id {job['submission_id']} already exists."
-            self.add_job(job["submission_id"], **{k: job[k] for k in ("entrypoint", "runtime_env", "metadata")})
+            self.add_job(job["submission_id"], **{k: job[k] for k in KEPT if job.get(k) is not None})
             return 200, {"job_id": job["submission_id"], "submission_id": job["submission_id"]}
         if path.startswith("/api/jobs/") and path != "/api/jobs/":
             name, _, rest = path.removeprefix("/api/jobs/").partition("/")

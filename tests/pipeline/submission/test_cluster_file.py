@@ -8,6 +8,7 @@ import io
 import re
 import shlex
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline.config import ResourcesConfig
 from pipeline.config_io import parse_yaml, validate
 from pipeline.submission.cluster_file import read_cluster_file
 from pipeline.submission.manifest import notes, objects, print_manifest
-from pipeline.submission.submit import Request, prepare
+from pipeline.submission.submit import Request, Submission, prepare
 
 ROOT = Path(__file__).parents[3]
 FILES = {"aws": "cluster.yaml", "gcp": "clusters/gcp.yaml", "local": "clusters/on-premise.yaml"}
@@ -119,6 +120,16 @@ def test_a_ray_job_has_what_kuberay_requires(submission):
         assert archive.testzip() is None
         assert "experiment.yaml" in archive.namelist()
     assert config_map["metadata"]["name"] == name
+
+
+def test_a_ray_job_has_no_nodes_for_drivers_but_its_own(submission):
+    def asked(drivers: str) -> Submission:
+        resources = submission.config.resources.model_copy(update={"drivers": drivers})
+        return replace(submission, config=submission.config.model_copy(update={"resources": resources}))
+
+    assert objects(asked("anywhere")) == objects(submission)  # the trials follow the file, the driver its head
+    with pytest.raises(UserError, match=r"resources\.drivers = driver: the cluster that a RayJob brings"):
+        objects(asked("driver"))
 
 
 def test_values_of_variables_come_from_a_secret(submission, capsys):

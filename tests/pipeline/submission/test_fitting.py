@@ -6,7 +6,15 @@ import pytest
 
 from overfill.errors import UserError
 from pipeline.config import ResourcesConfig, StageResources
-from pipeline.submission.fitting import NodeShape, check_cluster, check_memory, check_workers, totals, worker_bundle
+from pipeline.submission.fitting import (
+    NodeShape,
+    check_cluster,
+    check_memory,
+    check_workers,
+    driver_bundle,
+    totals,
+    worker_bundle,
+)
 
 L4 = NodeShape({"CPU": 48.0, "GPU": 4.0, "accelerator_type:L4": 1.0, "memory": 100e9, "object_store_memory": 40e9}, 2)
 PLAIN = NodeShape({"CPU": 16.0})
@@ -55,3 +63,17 @@ def test_what_an_autoscaler_may_add_is_asked_when_there_is_not_enough_now():
     check_cluster(two, [PLAIN, NodeShape({"CPU": 64.0})], [L4], {})  # one stage now, the other later
     with pytest.raises(UserError, match="the largest GPU"):
         check_cluster(wanted, [PLAIN], [L4], {"distill": 30 * GIB})
+
+
+def test_drivers_stay_on_the_head_unless_asked():
+    assert driver_bundle("head") == {"node:__internal_head__": 0.001}
+    assert driver_bundle("driver") == {"driver": 0.001}
+    assert driver_bundle("anywhere") == {"memory": 256 * 2**20}  # no CPU, of which a worker may need every one
+    for known in ("head", "anywhere"):
+        check_cluster(ResourcesConfig(drivers=known), [PLAIN], [], {})
+    named = ResourcesConfig(drivers="driver")
+    check_cluster(named, [PLAIN], [NodeShape({"CPU": 8.0, "driver": 1.0})], {})
+    with pytest.raises(
+        UserError, match=r"resources\.drivers = driver: no node of the cluster has a resource of that name"
+    ):
+        check_cluster(named, [PLAIN], [L4], {})

@@ -204,6 +204,29 @@ def test_the_file_goes_before_the_clusters_resources(file, cluster):
 
 
 @pytest.mark.parametrize(
+    ("drivers", "placed"),
+    [
+        ("head", {}),
+        ("driver", {"entrypoint_resources": {"driver": 0.001}}),
+        ("anywhere", {"entrypoint_memory": 256 * 2**20}),
+    ],
+)
+def test_the_driver_leaves_the_head_only_when_asked(file, cluster, drivers, placed):
+    cluster.nodes = [*cluster.nodes, {"CPU": 8.0, "driver": 1.0}]
+    settings = f"{{store: /mnt/runs, resources: {{drivers: {drivers}}}}}"
+    Path("cluster.yaml").write_text(f"cluster_name: x\nmetadata: {{overfill: {settings}}}\n")
+    job = cluster.jobs[submit(file, cluster.address, store=None)]
+    assert {key: value for key, value in job.items() if key in ("entrypoint_resources", "entrypoint_memory")} == placed
+
+
+def test_a_place_for_drivers_that_is_not_there_is_refused(file, cluster, capsys):
+    common = ("submit", file, "--address", cluster.address, "--store", "/mnt/runs", "--set")
+    assert "resources.drivers = driver: no node" in refused(capsys, *common, "resources.drivers=driver")
+    assert "resources.drivers" in refused(capsys, *common, "resources.drivers=a b")
+    assert not cluster.jobs
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"ray_version": "2.40.0"}, "the cluster runs Ray 2.40.0"),
