@@ -1,19 +1,29 @@
-"""What was told to an MLflow server about a sweep: `<store>/sweeps/<name>/mlflow.json`, a part per server.
+"""What was told to an MLflow server about a sweep: `<store>/sweeps/<name>/mlflow.jsonl`, changes in the order they came.
 
-Run ids, the last status of each run, and a fingerprint of what its end state contained.
+Run ids, the last status of each run, and a fingerprint of what its end state contained. A line is about the sweep or
+about one cell, on one server, and the last one of each holds: a sweep of 10,000 cells changes some 30,000 times, and a
+file that is written whole at every change costs the square of that. A line that a kill has torn is left out; the run that
+it was about is found on the server by its key.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, PrivateAttr, TypeAdapter, ValidationError
 
-from pipeline.record import read_json, write_json
+from pipeline.record import read_json, sync
 from pipeline.tracking.content import RunStatus
 
-LEDGER_FILE = "mlflow.json"
+log = logging.getLogger(__name__)
+
+LEDGER_FILE = "mlflow.jsonl"
+EARLIER_FILE = "mlflow.json"
+"""Written whole, a part per server, by earlier versions; what it says is still known."""
 
 
 class Entry(BaseModel):
@@ -29,22 +39,85 @@ class Entry(BaseModel):
         return self.status == status != "RUNNING" and self.content == content
 
 
+class _SweepLine(BaseModel):
+    server: str
+    token: str
+    experiment: str
+    parent: Entry | None
+
+
+class _CellLine(BaseModel):
+    server: str
+    cell: str
+    entry: Entry
+
+
+_LINE: TypeAdapter[_CellLine | _SweepLine] = TypeAdapter(_CellLine | _SweepLine)
+
+
 class Ledger(BaseModel):
     """What is remembered of a sweep on one server."""
 
     token: str
+    """The keys of the sweep's runs begin with it; a new one is a new beginning, without the cells there were."""
     experiment: str = ""
     """Id of MLflow's experiment that the runs are in."""
     parent: Entry | None = None
     cells: dict[str, Entry] = {}
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
+    """Identity of a cell, or "" for the sweep -> the newest line about it."""
 
     @classmethod
-    def read(cls, path: Path, server: str) -> Ledger:
-        """The part of the file that is about `server` (a masked URI); a new one when there is none."""
-        known = (read_json(path) or {}).get(server)
-        return cls(token=uuid.uuid4().hex) if known is None else cls.model_validate(known)
+    def read(cls, folder: Path, server: str) -> Ledger:
+        """What the sweep's folder says about `server` (a masked URI); a new ledger when it says nothing."""
+        earlier = (read_json(folder / EARLIER_FILE) or {}).get(server)
+        ledger = cls(token=uuid.uuid4().hex) if earlier is None else cls.model_validate(earlier)
+        for line in _lines(folder / LEDGER_FILE):
+            if line.server == server:
+                ledger._take(line)
+        return ledger
 
-    def write(self, path: Path, server: str) -> None:
-        """Replace that part of the file, atomically; the other servers' parts stay."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, (read_json(path) or {}) | {server: self.model_dump(mode="json")})
+    def _take(self, line: _CellLine | _SweepLine) -> None:
+        if isinstance(line, _CellLine):
+            self.cells[line.cell] = line.entry
+            return
+        if line.token != self.token:
+            self.cells = {}
+        self.token, self.experiment, self.parent = line.token, line.experiment, line.parent
+
+    def write(self, folder: Path, server: str, cell: str) -> None:
+        """Remember what is new of the cell of this identity, or with "" of the sweep itself."""
+        about = (
+            _CellLine(server=server, cell=cell, entry=self.cells[cell])
+            if cell
+            else _SweepLine(server=server, token=self.token, experiment=self.experiment, parent=self.parent)
+        )
+        line = about.model_dump_json()
+        if line != self._written.get(cell):
+            _append(folder / LEDGER_FILE, line)
+            self._written[cell] = line
+
+
+def _lines(path: Path) -> Iterator[_CellLine | _SweepLine]:
+    """Every whole line, oldest first."""
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.splitlines():
+        try:
+            yield _LINE.validate_json(line)
+        except ValidationError:
+            log.warning("%s: a line is damaged and left out", path)
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line and have it on disk; behind one that was torn it begins anew."""
+    created = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"" if stream.read() == b"\n" else b"\n")
+        stream.write(line.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    if created:
+        sync(path.parent)

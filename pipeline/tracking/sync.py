@@ -115,7 +115,8 @@ class Sweep:
 class Sync:
     """Says what is new. One instance per driver and server; not safe for several threads."""
 
-    def __init__(self, sweep: Sweep, ledger: Ledger, save: Callable[[Ledger], None]) -> None:
+    def __init__(self, sweep: Sweep, ledger: Ledger, save: Callable[[Ledger, str], None]) -> None:
+        """`save` remembers what the ledger says of the cell of an identity, or with "" of the sweep itself."""
         self._sweep = sweep
         self._ledger = ledger
         self._save = save
@@ -160,7 +161,7 @@ class Sync:
             ends = [time for time in map(end_time, now.cells) if time is not None]
             self._set_status(server, parent, parent_status(now), max(ends, default=now.time))
             parent.content = "" if self.problems else self._parent_content(now)
-        self._save(self._ledger)
+        self._save(self._ledger, "")
 
     # --- runs
 
@@ -172,7 +173,7 @@ class Sync:
             # Deleted on the server: the sweep begins anew there, for children cannot move to another parent.
             self._ledger.token, self._ledger.cells, entry = uuid.uuid4().hex, {}, None
         if entry is None:
-            self._save(self._ledger)  # the token first: by it a run is found whose id never came back
+            self._save(self._ledger, "")  # the token first: by it a run is found whose id never came back
         key = f"{self._ledger.token}/parent"
         described = {"sweep": self._sweep.name, "role": "sweep", "store": str(self._sweep.store.root), KEY_TAG: key}
         described |= {"mlflow.source.name": "overfill", "mlflow.source.type": "LOCAL"}
@@ -182,7 +183,7 @@ class Sync:
         run = self._run(server, entry, key, self._sweep.name, described, None, min(filter(None, begun), default=None))
         self._ledger.parent = entry = entry if entry is not None and entry.run == run else Entry(run=run)
         self._ledger.experiment = server.describe(KIND_TAGS | dict([view_tag(self._sweep.name, now.time)]))
-        self._save(self._ledger)
+        self._save(self._ledger, "")
         self._set_status(server, entry, "RUNNING", None)
         self._upload(server, run, {"experiment.yaml": self._sweep.yaml})
         return entry
@@ -234,7 +235,7 @@ class Sync:
         if status == "FINISHED":
             arrived = self._link(server, entry.run, view) and arrived
         entry.content = _content(view) if arrived and status != "RUNNING" else ""
-        self._save(self._ledger)
+        self._save(self._ledger, identity)
 
     def _status(self, view: CellView, final: bool) -> RunStatus | None:
         """Where the cell's run should be; None for a cell that has none and needs none."""
@@ -257,7 +258,7 @@ class Sync:
         run = self._run(server, entry, key, view.cell.label, described, parent, begun)
         entry = entry if entry is not None and entry.run == run else Entry(run=run)
         self._ledger.cells[identity] = entry
-        self._save(self._ledger)
+        self._save(self._ledger, identity)
         self._upload(server, run, {"config.yaml": _config_yaml(view)})
         return entry
 

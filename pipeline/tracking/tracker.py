@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING
 from pipeline.interruption import EndNow
 from pipeline.masking import mask_text, mask_uri
 from pipeline.record import source_commit
-from pipeline.tracking.ledger import LEDGER_FILE, Ledger
+from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.sync import Sweep, Sync
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Tracker:
         from pipeline.config_io import dump_yaml  # yaml is not needed before
 
         experiment, cells = self._sweep
-        path, server = self._folder / LEDGER_FILE, self.masked_uri
+        folder, server = self._folder, self.masked_uri
         text = dump_yaml(experiment.model_dump(mode="json"))
         sweep = Sweep(experiment.name, experiment.description, text, cells, self._store, source_commit())
-        return Sync(sweep, Ledger.read(path, server), lambda ledger: ledger.write(path, server))
+        return Sync(sweep, Ledger.read(folder, server), lambda ledger, cell: ledger.write(folder, server, cell))

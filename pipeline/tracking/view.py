@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from pipeline.fingerprint import fingerprint
-from pipeline.tracking.ledger import LEDGER_FILE, Ledger
+from pipeline.tracking.ledger import Ledger
 
 VIEW_TAG = "mlflow.sharedViewState."
 KIND_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -52,7 +52,7 @@ def view_path(experiment: str, sweep: str, charts: bool = False) -> str:
 
 def saved_views(sweeps: Path, server: str) -> list[tuple[str, str]]:
     """(name, path of its charts) of every sweep that this server (a masked URI) knows, by name."""
-    ledgers = ((path.parent.name, Ledger.read(path, server)) for path in sorted(sweeps.glob(f"*/{LEDGER_FILE}")))
+    ledgers = ((folder.name, Ledger.read(folder, server)) for folder in sorted(sweeps.glob("*/")))
     return [(name, view_path(ledger.experiment, name, charts=True)) for name, ledger in ledgers if ledger.experiment]
 
 

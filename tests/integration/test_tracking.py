@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -25,6 +24,7 @@ from pipeline.build import Build
 from pipeline.masking import mask_uri
 from pipeline.stage import Stage
 from pipeline.sweep import Cell
+from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.server import MlflowServer
 from pipeline.tracking.tracker import Tracker, tracking_uri, ui_command
 
@@ -154,15 +154,12 @@ def test_a_resume_goes_on_in_the_same_runs_and_logs_no_step_twice(synthetic: Syn
 def test_a_kill_between_the_server_and_the_ledger_leaves_no_duplicate(synthetic: SyntheticStore) -> None:
     cells = toy_cells(methods=("overfill",))
     synthetic.finish(cells[0])
-    ledger = synthetic.store.root / "sweeps" / "toy" / "mlflow.json"
+    ledger = synthetic.store.root / "sweeps" / "toy" / "mlflow.jsonl"
     with tracker(synthetic, cells):
         pass
     first = runs(synthetic)
     # What the file looked like before the runs' ids were written down.
-    content = json.loads(ledger.read_text())
-    for server in content.values():
-        server["parent"], server["cells"] = None, {}
-    ledger.write_text(json.dumps(content))
+    ledger.write_text(ledger.read_text().splitlines(keepends=True)[0])
     with tracker(synthetic, cells):
         pass
     second = runs(synthetic)
@@ -219,20 +216,19 @@ def test_a_driver_killed_with_sigkill_leaves_runs_that_are_marked_killed_and_the
     synthetic: SyntheticStore,
 ) -> None:
     cells = toy_cells(methods=("overfill",))
-    ledger = synthetic.store.root / "sweeps" / "toy" / "mlflow.json"
     path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(synthetic.store.root)], env=os.environ | {"PYTHONPATH": path}
     )
     try:
-        wait_until(lambda: ledger.exists() and entries(ledger) == ["RUNNING"])
+        wait_until(lambda: entries(synthetic) == ["RUNNING"])
     finally:
         driver.kill()
         driver.wait()
     assert {run.info.status for run in runs(synthetic).values()} == {"RUNNING"}
 
     with tracker(synthetic, cells):
-        wait_until(lambda: entries(ledger) == ["KILLED"])
+        wait_until(lambda: entries(synthetic) == ["KILLED"])
         assert runs(synthetic)[cells[0].label].info.status == "KILLED"
         synthetic.log(distill(cells[0]), range(4, 11), start=2_000.0)  # from the checkpoint of step 3
         synthetic.finish(cells[0])
@@ -241,10 +237,10 @@ def test_a_driver_killed_with_sigkill_leaves_runs_that_are_marked_killed_and_the
     assert steps(synthetic, found[cells[0].label], "train/loss") == list(range(1, 11))
 
 
-def entries(ledger: Path) -> list[str]:
+def entries(synthetic: SyntheticStore) -> list[str]:
     """Status of every child run, as the ledger has it."""
-    (server,) = json.loads(ledger.read_text()).values()
-    return [entry["status"] for entry in server["cells"].values()]
+    root = synthetic.store.root
+    return [entry.status for entry in Ledger.read(root / "sweeps" / "toy", tracking_uri(root)).cells.values()]
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:

@@ -103,9 +103,9 @@ class FakeServer:
 
 def new_sync(synthetic: SyntheticStore, cells: list[Cell]) -> Sync:
     """As a new driver has it: the ledger from the file."""
-    path = synthetic.store.root / "sweeps" / "toy" / "mlflow.json"
+    folder = synthetic.store.root / "sweeps" / "toy"
     sweep = Sweep("toy", "a hypothesis", "name: toy\n", cells, synthetic.store, "abc123+")
-    return Sync(sweep, Ledger.read(path, "server"), lambda ledger: ledger.write(path, "server"))
+    return Sync(sweep, Ledger.read(folder, "server"), lambda ledger, cell: ledger.write(folder, "server", cell))
 
 
 def push(sync: Sync, server: FakeServer, final: bool = False) -> None:

@@ -59,9 +59,9 @@ def test_every_chart_stands_in_a_section_and_has_a_name_of_its_own() -> None:
 
 def test_a_sweep_is_shown_where_its_server_has_it(tmp_path: Path) -> None:
     for name, server in (("known", "here"), ("elsewhere", "there")):
-        ledger = Ledger.read(tmp_path / name / "mlflow.json", server)
+        ledger = Ledger.read(tmp_path / name, server)
         ledger.experiment = "7"
-        ledger.write(tmp_path / name / "mlflow.json", server)
+        ledger.write(tmp_path / name, server, "")
     ((name, path),) = saved_views(tmp_path, "here")
     assert name == "known"
     assert path.startswith(f"/#/experiments/7/runs?viewStateShareKey={view_key('known')}")
