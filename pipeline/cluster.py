@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -27,10 +28,20 @@ from pipeline.submission.fitting import NodeShape, check_cluster, check_stage, t
 OBJECT_STORE_BYTES = 512 * 2**20
 """Ray's shared memory on a laptop: token blocks are small, and models travel through files."""
 
+GCS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s", "10"
+"""In a cluster of our own, whose head ends with the driver, what is left of it looks for the head no longer than this;
+Ray's minute is for heads that are started again."""
+SYSTEM = {"idle_worker_killing_time_threshold_ms": 30_000}
+"""Of a cluster of our own: a process that has imported torch serves a stage of the next half minute too. Ray's second is
+shorter than the time between two stages of a cell."""
+
 QUIET_LOGGERS = (
     "ray._private.authentication.authentication_token_setup",  # that a cluster of our own uses a token
     "ray.tune",  # that there are no result files, which we switch off
 )
+
+_VERSIONS = re.compile(r"^ +(?:Ray|Python): (\S+)$", re.MULTILINE)
+"""In what Ray says of versions that do not match: its own and Python's of the cluster, then those of this process."""
 
 UNLIMITED_NODES = 10_000
 """As many as count where an autoscaler has no limit."""
@@ -104,6 +115,12 @@ def _start(address: str) -> None:
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or put its token into ~/.ray/auth_token"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
+        if len(versions := _VERSIONS.findall(str(error))) == 4:
+            ray_there, python_there, ray_here, python_here = versions
+            raise UserError(
+                f"--address {mask_uri(address)}: the cluster runs Ray {ray_there} and Python {python_there}, this process "
+                f"Ray {ray_here} and Python {python_here}; run it with the cluster's"
+            ) from error
         reason = str(error).splitlines()[0][:160]
         raise UserError(
             f"--address {mask_uri(address)}: no Ray cluster there ({reason}); leave it out to run on this machine"
@@ -116,9 +133,10 @@ def start_local(attempts: int = 3, **options: Any) -> None:
     Raises UserError when it does not come up at all."""
     import ray
 
+    os.environ.setdefault(*GCS_PATIENCE)
     for attempt in range(1, attempts + 1):
         try:
-            ray.init(address="local", include_dashboard=False, **options)
+            ray.init(address="local", include_dashboard=False, _system_config=SYSTEM, **options)
             return
         except Exception as error:  # Ray raises a bare Exception here
             if "timed out during startup" not in str(error):

@@ -53,6 +53,7 @@ def test_use_is_what_is_reserved(monkeypatch):
 
 
 def test_a_refused_token_and_a_cluster_that_is_not_there_are_the_users_to_mend(monkeypatch):
+    from ray._private.utils import check_version_info
     from ray.exceptions import AuthenticationError
 
     def refuse(error: Exception) -> None:
@@ -65,6 +66,14 @@ def test_a_refused_token_and_a_cluster_that_is_not_there_are_the_users_to_mend(m
     with pytest.raises(UserError, match=r"--address head:6379: the cluster does not accept this token") as caught:
         connected("head:6379").__enter__()
     assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError) as mismatch:
+        check_version_info({"ray_version": "2.40.0", "python_version": "3.9.1"}, "127.0.0.1")
+    refuse(mismatch.value)
+    with pytest.raises(
+        UserError, match=r"--address head:6379: the cluster runs Ray 2\.40\.0 and Python 3\.9\.1, this"
+    ) as told:
+        connected("head:6379").__enter__()
+    assert "\n" not in str(told.value)
     refuse(ConnectionError("nobody\nthere"))
     with pytest.raises(UserError, match=r"no Ray cluster there \(nobody\)"):
         connected("head:6379").__enter__()
