@@ -90,7 +90,7 @@ def follow(server: JobServer, job: str) -> int:
         else:
             seen = time.monotonic()
             if details.status.is_terminal():
-                server.tail(job, _write, known)  # its last words may have come after the connection's end
+                _write(server.get_job_logs(job)[known:])  # its last words may have come after the connection's end
                 return exit_code(details)
         time.sleep(1.0)
 
