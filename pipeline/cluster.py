@@ -185,6 +185,29 @@ def usage() -> dict[str, tuple[float, float]]:
     return {kind: (there[kind] - free.get(kind, 0.0), there[kind]) for kind in ("CPU", "GPU") if there.get(kind)}
 
 
+def remove_abandoned_groups() -> int:
+    """Give back what was reserved for the workers of trials that were killed; the number of such placement groups.
+
+    Ray removes a group when the actor that made it *and* its job are gone. Until the driver ended, a killed trial's
+    workers would keep their CPUs, and a stage that wants a whole node would wait for ever."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    table = state._connect_and_get_accessor().get_placement_group_table()
+    job = ray.get_runtime_context().get_job_id()
+    count = 0
+    for group in map(PlacementGroupTableData.FromString, table):
+        # Those that the driver itself has made, for its trials, have no actor at all, which counts as a dead one.
+        actor = ray.ActorID(group.creator_actor_id)
+        removed = group.state == PlacementGroupTableData.PlacementGroupState.REMOVED
+        if group.creator_job_id.hex() == job and not actor.is_nil() and group.creator_actor_dead and not removed:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            count += 1
+    return count
+
+
 def concurrent_cells(config: ExperimentConfig, has: Capacity, cells: int) -> int:
     """How many cells run at once: as many as the widest stage allows, at least one.
 

@@ -27,6 +27,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from overfill.errors import UserError, disk_full
+from pipeline.cluster import remove_abandoned_groups
 from pipeline.config import AshaConfig, ResourcesConfig
 from pipeline.curves import Curve
 from pipeline.runner import RunContext, StageFailed, StageInterrupted, StageStopped, run_graph
@@ -131,6 +132,8 @@ def _outcome(metrics: dict[str, Any]) -> Outcome | None:
 
 def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
     """One trial, in a process of its own on the head node."""
+    if abandoned := remove_abandoned_groups():  # this trial may be the successor of a killed one
+        log.warning("the workers of a trial that was killed are given back (%d placement groups)", abandoned)
     task: _Task = ray.get(job.chunks[config["place"] // CHUNK])[config["place"] % CHUNK]
     cell, store = task.cell, Store(job.store_root)
     resources = {name: getattr(job.resources, name) for name in ResourcesConfig.model_fields}

@@ -40,8 +40,8 @@ distill: {tokens: 32_000, batch_tokens: 1280, learning_rate: 3e-3, evaluate_ever
 evaluate: {samples: 8, max_new_tokens: 4}
 benchmark: {prompt: [8], output: [3], repeats: 1, warmup: 0}
 resources:
-  teacher: {checkpoint_every: 4}
-  distill: {checkpoint_every: 4}
+  teacher: {checkpoint_every: 4, workers: WORKERS}
+  distill: {checkpoint_every: 4, workers: WORKERS}
 """
 STAGES = ("tokenizer", "data", "teacher", "calibrate", "prune", "distill", "evaluate", "benchmark")
 STEPS = {"teacher": 20, "distill": 25}
@@ -93,6 +93,8 @@ class Place:
     """A folder with the experiment file, the store, and what drivers printed."""
 
     folder: Path
+    workers: int = 1
+    """Of each stage that trains."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for drivers beside those of this process."""
     arguments: tuple[str, ...] = ()
@@ -102,7 +104,7 @@ class Place:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / FILE).write_text(EXPERIMENT, encoding="utf-8")
+        (self.folder / FILE).write_text(EXPERIMENT.replace("WORKERS", str(self.workers)), encoding="utf-8")
 
     @property
     def store(self) -> Path:

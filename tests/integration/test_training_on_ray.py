@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from overfill.checkpoint import load_student
 from overfill.config import ImportanceConfig
 from overfill.errors import UserError
 from overfill.importance import ImportanceScores
+from pipeline.cluster import remove_abandoned_groups
 from pipeline.fingerprint import identity_config
 from pipeline.stage import External, Stage, StageRun
 from pipeline.stages.remote import WorkerFailed, run_on_worker
@@ -299,3 +301,32 @@ def test_a_task_whose_worker_dies_is_done_again_in_a_clean_folder(
 
     with pytest.raises(UserError, match=r"ran out of memory \(MemoryError: 17 GB\); lower"):
         run_on_worker(fill, run)
+
+
+@ray.remote(num_cpus=0)
+class Reserving:
+    """An actor that reserves for its workers, as Ray Train does in a trial, and says its pid."""
+
+    def reserve(self) -> int:
+        self.group = ray.util.placement_group([{"CPU": 0.5}])
+        ray.get(self.group.ready())
+        return os.getpid()
+
+
+def test_what_a_killed_trial_had_reserved_is_given_back_and_nothing_else(ray_cluster):
+    """Ray itself would keep it until the driver ends, and a stage that wants a whole node would wait for ever."""
+    own = ray.util.placement_group([{"CPU": 0.25}])
+    killed, living = Reserving.remote(), Reserving.remote()
+    pid, _ = ray.get([killed.reserve.remote(), living.reserve.remote()])
+    assert remove_abandoned_groups() == 0
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while not remove_abandoned_groups():
+        assert time.monotonic() < deadline, "Ray has not noticed that the trial is dead"
+        time.sleep(0.1)
+    states = [group["state"] for group in ray.util.placement_group_table().values()]
+    assert states.count("REMOVED") >= 1
+    assert ray.util.placement_group_table(own)["state"] == "CREATED"
+    assert remove_abandoned_groups() == 0
+    ray.kill(living)
+    ray.util.remove_placement_group(own)
