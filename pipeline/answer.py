@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from overfill.dial import EXACT, dial
 from overfill.errors import UserError
+from pipeline.objects.places import full_model_place, local_place
 from pipeline.stages.folders import model_folder, tokenizer_folder
 from pipeline.store import verify_model
 
@@ -37,7 +37,7 @@ def answer(
     model: str, prompt: str, full: str | None, chat: bool, sampling: Sampling, device: str, decoder: str
 ) -> None:
     """Print the answer as it is written. Raises UserError for a folder that is no student and a prompt that is empty."""
-    folder, options = model_folder(Path(model).expanduser()), sampling.options()
+    folder, options = model_folder(local_place(model)), sampling.options()
     if not prompt:
         raise UserError('the prompt is empty; give a text, for example: overfill generate FOLDER "sort: dbca"')
     verify_model(folder)
@@ -48,6 +48,7 @@ def answer(
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no such device on this machine; leave it out to run on the CPU")
+    full = full_model_place(folder, full)
     two_stage = TwoStageForCausalLM.from_pretrained(folder, full=full, device=device, decoder=decoder)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder))
     torch.manual_seed(sampling.seed)

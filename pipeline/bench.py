@@ -25,6 +25,7 @@ from overfill.named_shapes import NamedShape, named_shape
 from overfill.workload import Point, Refresh, chosen_systems, grid
 from pipeline.bench_table import print_conditions, print_point
 from pipeline.machine import cpu_description, gpu_description
+from pipeline.objects.places import full_model_place, local_place
 from pipeline.record import libraries, source_commit
 from pipeline.stages.folders import model_folder
 from pipeline.store import verify_model
@@ -122,7 +123,7 @@ def check(request: BenchRequest) -> Bench:
     batches, prompts = numbers("--batch", request.batch), numbers("--prompt", request.prompt)
     points = grid(batches, prompts, numbers("--output", request.output, least=2), request.dtype)
     shape = None if request.shape is None else named_shape(request.shape)
-    student = None if request.student is None else model_folder(Path(request.student).expanduser())
+    student = None if request.student is None else model_folder(local_place(request.student))
     if student is not None:
         verify_model(student)
     names = None if request.systems is None else words("--systems", request.systems)
@@ -182,7 +183,8 @@ def load(checked: Bench) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     folder = checked.student
     assert folder is not None
     manifest = read_manifest(folder)
-    location = None if checked.request.full is None else model_folder(Path(checked.request.full).expanduser())
+    given = full_model_place(folder, checked.request.full)
+    location = None if given is None else model_folder(Path(given).expanduser())
     student = load_student(folder, dtype=dtype, device=device)
     return load_full_model(manifest, location=location, dtype=dtype, device=device), student
 

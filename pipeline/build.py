@@ -20,7 +20,7 @@ from typing import Any
 
 from overfill.errors import UserError
 from pipeline.fingerprint import digest_file, remember_digest
-from pipeline.lease import BEAT, Lease, LeaseLost, acquire, attempt_folder
+from pipeline.lease import BEAT, Heartbeat, LeaseLost, acquire, attempt_folder
 from pipeline.notes import read_note, time_of
 from pipeline.record import (
     RECORD_FILE,
@@ -48,7 +48,7 @@ class Build:
     stage: Stage
     folder: Path
     """The artifact's folder."""
-    lease: Lease
+    lease: Heartbeat
     staging: Path
     """Where the payload is written."""
     resources: Any
@@ -89,7 +89,7 @@ class Build:
             build = cls(stage, folder, lease, folder / f"staging-{lease.folder.name}", resources, 0.0, 0.0)
             build.started, build.clock = time.time(), time.monotonic()
             content = {"started": build.started, "host": socket.gethostname(), "pid": os.getpid()}
-            write_json(lease.folder / ATTEMPT_FILE, content | {"resources": _plain(resources)})
+            write_json(lease.folder / ATTEMPT_FILE, content | {"resources": plain(resources)})
             _set_altered_aside(store, stage, folder, lease)
             if os.path.lexists(folder / "payload"):
                 build._end("interrupted", "an earlier attempt has published meanwhile")
@@ -133,14 +133,19 @@ class Build:
                 shutil.rmtree(folder, ignore_errors=True)
         return record
 
-    def _record(self, metrics: Mapping[str, Any] | None) -> Record:
-        finished, seconds = time.time(), time.monotonic() - self.clock
+    def _files(self) -> dict[str, FileEntry]:
+        """What was made, on disk and digested."""
         files: dict[str, FileEntry] = {}
         for name, path in payload_files(self.staging):
             sync(path)
             files[name] = FileEntry(size=path.stat().st_size, sha256=digest_file(path))
         for folder, _, _ in os.walk(self.staging):
             sync(Path(folder))
+        return files
+
+    def _record(self, metrics: Mapping[str, Any] | None) -> Record:
+        finished, seconds = time.time(), time.monotonic() - self.clock
+        files = self._files()
         return Record(
             stage=self.stage.name,
             identity=self.stage.identity,
@@ -152,7 +157,7 @@ class Build:
             metrics=plain_metrics(metrics),
             commit=source_commit(),
             libraries=libraries(),
-            resources=_plain(self.resources),
+            resources=plain(self.resources),
             host=socket.gethostname(),
             attempt=self.lease.number,
             started=self.started,
@@ -175,8 +180,7 @@ class Build:
 
     def stop(self, reason: str) -> None:
         """The scheduler stopped it: later plans leave it alone unless they are told to continue it."""
-        content = {"reason": reason, "attempt": self.lease.number, "time": time.time()}
-        write_json(self.progress / STOPPED_FILE, content)
+        self._note(self.progress / STOPPED_FILE, {"reason": reason, "attempt": self.lease.number, "time": time.time()})
         self._abandon("stopped", reason)
 
     def release(self) -> None:
@@ -202,10 +206,14 @@ class Build:
             "ended": time.time(),
             "seconds": time.monotonic() - self.clock,
         }
-        write_json(self.lease.folder / OUTCOME_FILE, content)
+        self._note(self.lease.folder / OUTCOME_FILE, content)
+
+    def _note(self, path: Path, content: dict[str, Any]) -> None:
+        """Write down what is not part of the artifact."""
+        write_json(path, content)
 
 
-def _set_altered_aside(store: Store, stage: Stage, folder: Path, lease: Lease) -> None:
+def _set_altered_aside(store: Store, stage: Stage, folder: Path, lease: Heartbeat) -> None:
     """Make room for a whole payload. Under the lease, so that nobody's good one is meant."""
     try:
         store.record(stage)
@@ -218,20 +226,25 @@ def _set_altered_aside(store: Store, stage: Stage, folder: Path, lease: Lease) -
 def _close_dead(attempt: Path, facts: Facts) -> None:
     """Write down how an attempt ended that could not say so itself."""
     if attempt.is_dir() and not (attempt / OUTCOME_FILE).exists():
-        begun = time_of(read_note(attempt / ATTEMPT_FILE), "started") or 0.0
-        log_file = attempt / LOG_FILE
-        # Its log is the last trace of it: a lower bound of how long it ran.
-        last = log_file.stat().st_mtime if log_file.exists() else begun
-        content = {
-            "status": "interrupted",
-            "error": facts.error,
-            "log": str(log_file),
-            "started": begun,
-            "ended": last,
-            "seconds": max(last - begun, 0.0),
-        }
-        write_json(attempt / OUTCOME_FILE, content)
+        write_json(attempt / OUTCOME_FILE, outcome_of_dead(attempt, facts))
 
 
-def _plain(resources: Any) -> Any:
+def outcome_of_dead(attempt: Path, facts: Facts) -> dict[str, Any]:
+    """How an attempt ended that could not say so itself, from what it left."""
+    begun = time_of(read_note(attempt / ATTEMPT_FILE), "started") or 0.0
+    log_file = attempt / LOG_FILE
+    # Its log is the last trace of it: a lower bound of how long it ran.
+    last = log_file.stat().st_mtime if log_file.exists() else begun
+    return {
+        "status": "interrupted",
+        "error": facts.error,
+        "log": str(log_file),
+        "started": begun,
+        "ended": last,
+        "seconds": max(last - begun, 0.0),
+    }
+
+
+def plain(resources: Any) -> Any:
+    """Resources as JSON."""
     return resources.model_dump(mode="json") if hasattr(resources, "model_dump") else resources

@@ -71,10 +71,8 @@ def _print_places(store: Store, plots: list[Path], page: Path, console: Console)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     for plot in plots:
         console.print(f"{plot.stem} plot: {plot}", highlight=False, soft_wrap=True)
-    default = store.root == Path(DEFAULT_STORE).absolute()
-    console.print(
-        f"MLflow: overfill ui{'' if default else f' --store {shlex.quote(str(store.root))}'}", highlight=False
-    )
+    default = store.location == str(Path(DEFAULT_STORE).absolute())
+    console.print(f"MLflow: overfill ui{'' if default else f' --store {shlex.quote(store.location)}'}", highlight=False)
 
 
 def print_comparison(
@@ -121,6 +119,7 @@ def serve_ui(store: Store, host: str | None, port: int, serve: bool = False) -> 
     With `serve` it is there for the drivers of a cluster: it may begin empty, and where it listens must be said.
     Raises UserError when the port is taken or when there is nothing to show."""
     from pipeline.masking import mask_uri
+    from pipeline.tracking.ledger import LEDGER_FILE
     from pipeline.tracking.tracker import LOOPBACK, tracking_uri, ui_command
     from pipeline.tracking.view import saved_views
 
@@ -143,6 +142,7 @@ def serve_ui(store: Store, host: str | None, port: int, serve: bool = False) -> 
     command, environment = ui_command(store.root, port, host)
     console, address = Console(stderr=True), f"http://{host}:{port}"
     console.print(f"MLflow UI: {address} (Ctrl-C ends it)", highlight=False)
+    store.bring(store.root / "sweeps", LEDGER_FILE)
     for name, path in saved_views(store.root / "sweeps", mask_uri(tracking_uri(store.root))):
         console.print(f"  {name}: {address}{path}", highlight=False, soft_wrap=True)
     os.execve(command[0], command, os.environ | environment)  # noqa: S606 - in our place: no server outlives its command

@@ -18,6 +18,7 @@ from rich.console import Console
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig
 from pipeline.config_io import dump_yaml, load_experiment
+from pipeline.objects.store import ObjectStore
 from pipeline.paths import local_path
 from pipeline.record import write_text
 from pipeline.resume import Action, plan
@@ -70,12 +71,14 @@ def _make_absolute(values: dict) -> None:
 
 
 def open_store(store: str | None, verify: bool = False) -> Store:
-    """The store at `store`, `$OVERFILL_STORE` or ./runs, of which `verify` reads every byte.
+    """The store at the folder or URL `store`, `$OVERFILL_STORE` or ./runs, of which `verify` reads every byte.
 
     Raises UserError when it cannot be one."""
     given = store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
-    root = given if "://" in given else local_path(given, "--store")
-    if isinstance(root, Path) and os.path.lexists(root) and not root.is_dir():
+    if "://" in given:
+        return ObjectStore.reached(given, verify)
+    root = local_path(given, "--store")
+    if os.path.lexists(root) and not root.is_dir():
         raise UserError(f"--store {root}: is no folder; give one, or a place where one can be made")
     return Store(root, verify=verify)
 
@@ -95,13 +98,14 @@ def known_experiment(store: Store, name: str | None) -> Experiment:
     """An experiment that was run in this store; the only one when no name is given.
 
     Raises UserError when there is none of that name, naming those that are there."""
+    store.bring(store.root / "sweeps", EXPERIMENT_FILE)
     names = sorted(path.parent.name for path in (store.root / "sweeps").glob(f"*/{EXPERIMENT_FILE}"))
     if name is None and len(names) == 1:
         name = names[0]
     if name is None or name not in names:
         known = ", ".join(names) if names else "none yet; start one with `overfill run FILE`"
         asked = "give the name of an experiment" if name is None else f"no experiment {name!r}"
-        raise UserError(f"{store.root}: {asked}; known: {known}")
+        raise UserError(f"{store.location}: {asked}; known: {known}")
     return read_experiment(str(sweep_folder(store, name) / EXPERIMENT_FILE))
 
 
@@ -128,8 +132,10 @@ def keep_experiment(experiment: Experiment, store: Store) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / EXPERIMENT_FILE, experiment.yaml)
+        store.keep(folder / EXPERIMENT_FILE)
     except OSError as error:
-        raise UserError(f"--store {store.root}: cannot be written ({error.strerror}); give another folder") from error
+        reason = error.strerror or error
+        raise UserError(f"--store {store.location}: cannot be written ({reason}); give another folder") from error
     return folder
 
 
@@ -164,7 +170,7 @@ def _interruption(experiment: Experiment, store: Store, console: Console) -> Int
     from pipeline.watch import snapshot
 
     return Interruption(
-        store.root / "tune",
+        store.interrupt_flag(),
         experiment.config.resources.grace_s,
         waiting_for=lambda: running_stages(snapshot(store, experiment.cells)),
         say=lambda text: console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True),
@@ -190,7 +196,7 @@ def _accuracy_then_latency(
             at_once = concurrent_cells(config, has, len(missing))
             asha = config.sweep.asha if leaf == "evaluate" else None  # nothing is trained for a latency
             found = run_cells(
-                missing, store.root, config.resources, at_once, (leaf,), interruption.flag, asha, continue_stopped
+                missing, store, config.resources, at_once, (leaf,), interruption.flag, asha, continue_stopped
             )
             outcomes |= {outcome.cell: outcome for outcome in found}
     return list(outcomes.values())

@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM: the first asks a run to end, the second ends it.
 
-Asked, a run makes a file that the trials of all its cells look for, wherever they are. A stage that trains sees it
+Asked, a run raises a flag that the trials of all its cells look for, wherever they are. A stage that trains sees it
 after the step it is in, writes a step checkpoint and ends; one that cannot save its position is cancelled. What was
 being built counts as interrupted, so the next run goes on with it by itself. The driver waits for all this for a grace
 period and says for what. At its end, or at a second signal, KeyboardInterrupt goes through the driver as it always
@@ -14,11 +14,11 @@ import logging
 import os
 import signal
 import threading
-import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from pipeline.stop import StopFlag
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ class Interruption:
     """While it is entered, in the main thread, signals are requests."""
 
     def __init__(
-        self, folder: Path, grace_s: float, waiting_for: Callable[[], Sequence[str]], say: Callable[[str], None]
+        self, flag: StopFlag, grace_s: float, waiting_for: Callable[[], Sequence[str]], say: Callable[[str], None]
     ) -> None:
-        self.flag = folder / f"interrupt-{uuid.uuid4().hex[:12]}"
-        """The file that says that this run shall end; it is gone when the run is."""
+        self.flag = flag
+        """Says that this run shall end; it is taken down when the run is over."""
         self._grace_s = grace_s
         self._waiting_for = waiting_for
         self._say = say
@@ -60,7 +60,7 @@ class Interruption:
             signal.signal(number, handler)
         self._over.set()
         with contextlib.suppress(OSError):  # nobody looks for it any more
-            self.flag.unlink()
+            self.flag.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked.is_set() or self._grace_s <= 0:
@@ -71,8 +71,7 @@ class Interruption:
 
     def _wait(self) -> None:
         try:
-            self.flag.parent.mkdir(parents=True, exist_ok=True)
-            self.flag.touch()
+            self.flag.ask()
             what = ", ".join(self._waiting_for()) or "what runs"
             self._say(f"asked to end: waiting up to {self._grace_s:g} s for {what}; a second Ctrl-C ends at once")
             self._over.wait(self._grace_s)

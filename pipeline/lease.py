@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.paths import require_regular
 
@@ -114,30 +114,31 @@ class LeaseLost(Exception):
     """Another process has taken the artifact over; what was built here must not be published."""
 
 
-class Lease:
-    """A held lease, with its heartbeat in a daemon thread. Use as a context manager, or call `release`."""
+class Heartbeat:
+    """A held lease, whose counter a daemon thread moves. Use as a context manager, or call `release`."""
 
-    def __init__(self, folder: Path, descriptor: int, owner: Owner, beat: float) -> None:
+    def __init__(self, folder: Path, number: int, owner: Owner, beat: float) -> None:
         self.folder = folder
         """The attempt's folder."""
-        self.number = int(folder.name)
+        self.number = number
         """The attempt's number, from 1."""
         self.owner = owner
-        self._descriptor = descriptor
         self._count = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(beat,), name=f"lease {folder}", daemon=True)
         self._thread.start()
 
     def held(self) -> bool:
-        """Whether this is still the newest attempt, and the lease on disk this one and not over.
+        """Whether it is still this process'."""
+        raise NotImplementedError
 
-        By its token, not its inode: some network file systems give a file another inode at every look."""
-        try:
-            owner, over = _parse((self.folder / LEASE_FILE).read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            return False  # the folder was removed under us
-        return owner == self.owner and not over and newest_attempt(self.folder.parent) == self.number
+    def _write(self) -> None:
+        """Write the counter down."""
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        """Write down that the lease is over."""
+        raise NotImplementedError
 
     def require(self) -> None:
         """Raise LeaseLost unless it is still held."""
@@ -150,12 +151,9 @@ class Lease:
             return
         self._end.set()
         self._thread.join()
-        try:
-            _write(self._descriptor, self.owner, self._count, over=True)
-        finally:
-            os.close(self._descriptor)
+        self._close()
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,9 +163,36 @@ class Lease:
         while not self._end.wait(interval):
             self._count += 1
             try:
-                _write(self._descriptor, self.owner, self._count)
+                self._write()
             except OSError:
                 log.warning("the heartbeat of %s could not be written", self.folder, exc_info=True)
+
+
+class Lease(Heartbeat):
+    """A lease in a folder that everybody sees."""
+
+    def __init__(self, folder: Path, descriptor: int, owner: Owner, beat: float) -> None:
+        self._descriptor = descriptor
+        super().__init__(folder, int(folder.name), owner, beat)
+
+    def held(self) -> bool:
+        """Whether this is still the newest attempt, and the lease on disk this one and not over.
+
+        By its token, not its inode: some network file systems give a file another inode at every look."""
+        try:
+            owner, over = _parse((self.folder / LEASE_FILE).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return False  # the folder was removed under us
+        return owner == self.owner and not over and newest_attempt(self.folder.parent) == self.number
+
+    def _write(self) -> None:
+        _write(self._descriptor, self.owner, self._count)
+
+    def _close(self) -> None:
+        try:
+            _write(self._descriptor, self.owner, self._count, over=True)
+        finally:
+            os.close(self._descriptor)
 
 
 def _write(descriptor: int, owner: Owner, count: int, over: bool = False) -> None:
@@ -189,7 +214,12 @@ def newest_attempt(attempts: Path) -> int:
 
 def attempt_folder(attempts: Path, number: int) -> Path:
     """Folder of an attempt."""
-    return attempts / f"{number:04d}"
+    return attempts / attempt_name(number)
+
+
+def attempt_name(number: int) -> str:
+    """Name of an attempt's folder."""
+    return f"{number:04d}"
 
 
 def acquire(attempts: Path, after: int, beat: float = BEAT) -> Lease | None:
@@ -276,13 +306,15 @@ class Watch:
         except OSError as error:
             return Sighting("dead", number, None, f"its lease.json cannot be read: {error.strerror}")
         owner, over = _parse(raw)
-        if over:
-            return Sighting("free", number, owner)
+        return Sighting("free", number, owner) if over else self.judge(number, owner, raw, time.time() - written)
+
+    def judge(self, number: int, owner: Owner | None, raw: bytes, silent: float = 0.0) -> Sighting:
+        """What an attempt that is not over is, given what its heartbeat has written last."""
         if owner is not None and owner.is_gone():
             return Sighting("dead", number, owner, f"{owner} is gone")
         if self._silent_for(number, raw) >= self._ttl:
             return Sighting("dead", number, owner, f"{owner or 'its owner'} gave no sign of life for {self._ttl:.0f} s")
-        return Sighting("held", number, owner, silent=max(time.time() - written, 0.0))
+        return Sighting("held", number, owner, silent=max(silent, 0.0))
 
     def _silent_for(self, number: int, raw: bytes) -> float:
         now = self._clock()
@@ -298,10 +330,18 @@ def _parse(raw: bytes) -> tuple[Owner | None, bool]:
     """(owner, over) of a lease file; (None, False) when it cannot be read, which leaves it to the heartbeat's clock."""
     try:
         body = json.loads(raw)
-        owner = Owner(**body["owner"])
-        kinds = (owner.host, str), (owner.pid, int), (owner.started, int | None), (owner.token, str)
-        if not all(isinstance(value, kind) for value, kind in kinds) or not 0 < owner.pid < 2**31:
-            return None, False
-        return owner, body["state"] == "over"
+        owner = parse_owner(body["owner"])
+        return owner, owner is not None and body["state"] == "over"
     except (ValueError, KeyError, TypeError, RecursionError):
         return None, False
+
+
+def parse_owner(fields: Any) -> Owner | None:
+    """An owner from the fields that it was written as; None when they are none."""
+    try:
+        owner = Owner(**fields)
+    except TypeError:
+        return None
+    kinds = (owner.host, str), (owner.pid, int), (owner.started, int | None), (owner.token, str)
+    sound = all(isinstance(value, kind) for value, kind in kinds) and 0 < owner.pid < 2**31
+    return owner if sound else None

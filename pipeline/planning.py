@@ -36,7 +36,7 @@ def print_plan(experiment: Experiment, store: Store, console: Console) -> None:
     counts = Counter(action.kind for action in actions)
     total = ", ".join(f"{counts[kind]} {kind}" for kind in STYLES if counts[kind])
     console.print(f"{len(experiment.cells)} cells, {len(actions)} stages: {total}", highlight=False)
-    console.print(f"store: {store.root}", highlight=False, soft_wrap=True)
+    console.print(f"store: {store.location}", highlight=False, soft_wrap=True)
 
 
 def _student_table(experiment: Experiment) -> Table:

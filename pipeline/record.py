@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -104,23 +105,28 @@ class Record(BaseModel):
         """In what the payload differs from this record, and this record from what was written.
 
         Compared are names, sizes, and the digests that this process knows already; with `full` every digest."""
-        if self.format not in (1, FORMAT):
-            return [f"{RECORD_FILE} has format {self.format}, this version reads 1 and {FORMAT}"]
-        if self.format > 1 and self.digest != self._digest():
-            return [f"{RECORD_FILE} has another SHA-256 than it says"]
         try:
             there = {name: path.stat().st_size for name, path in payload_files(payload)}
         except ValueError as link:
             return [str(link)]
+        found = self.differs_from(there)
+        for name, entry in self.files.items():
+            if there.get(name) == entry.size:
+                digest = (digest_once if full else known_digest)(payload / name)
+                found += [f"{name} has another SHA-256 than its record"] if digest not in (None, entry.sha256) else []
+        return found
+
+    def differs_from(self, there: Mapping[str, int]) -> list[str]:
+        """In what files of these names and sizes differ from this record, and this record from what was written."""
+        if self.format not in (1, FORMAT):
+            return [f"{RECORD_FILE} has format {self.format}, this version reads 1 and {FORMAT}"]
+        if self.format > 1 and self.digest != self._digest():
+            return [f"{RECORD_FILE} has another SHA-256 than it says"]
         found = [f"{name} is missing" for name in self.files if name not in there]
         found += [f"{name} was added" for name in there if name not in self.files and not is_hidden(name)]
         for name, entry in self.files.items():
-            if name not in there:
-                continue
-            if there[name] != entry.size:
+            if there.get(name, entry.size) != entry.size:
                 found.append(f"{name} has {there[name]:,} bytes, its record says {entry.size:,}")
-            elif (digest_once if full else known_digest)(payload / name) not in (None, entry.sha256):
-                found.append(f"{name} has another SHA-256 than its record")
         return found
 
 

@@ -19,6 +19,8 @@ from overfill.errors import UserError, disk_full
 from pipeline.build import Build
 from pipeline.fingerprint import digest_tree
 from pipeline.lease import BEAT, LeaseLost
+from pipeline.objects.build import ObjectBuild
+from pipeline.objects.store import ObjectStore
 from pipeline.record import Record
 from pipeline.resume import Action, Facts, Refuse, Resume, Run, plan
 from pipeline.stage import Metrics, Stage, StageRun, Stopped, resolve, sinks, topological
@@ -148,7 +150,7 @@ def _inputs_whole(stage: Stage, store: Store) -> bool:
     for name, source in stage.inputs.items():
         if isinstance(source, Stage):
             try:
-                if store.verify(source) is None:
+                if not store.ready(source):
                     return False
             except AlteredArtifact as error:
                 log.warning("%s cannot begin: %s", stage, error)
@@ -187,7 +189,7 @@ def _finished(store: Store, stage: Stage) -> Record:
 
 def _execute(action: Run | Resume, facts: Facts, store: Store, context: RunContext, told: set[tuple[str, str]]) -> None:
     stage = action.stage
-    build = Build.begin(store, stage, facts, context.resources.get(stage.name), context.beat)
+    build = _begin(store, stage, facts, context)
     if build is None:
         return  # another process was faster: the next look finds it building
     try:
@@ -201,6 +203,13 @@ def _execute(action: Run | Resume, facts: Facts, store: Store, context: RunConte
         log.info("%s is done after %.1f s", stage, record.seconds)
         told.add((stage.identity, "reuse"))
         context.on_done(stage, record)
+
+
+def _begin(store: Store, stage: Stage, facts: Facts, context: RunContext) -> Build | None:
+    resources = context.resources.get(stage.name)
+    if isinstance(store, ObjectStore):
+        return ObjectBuild.start(store, stage, facts, resources, context.beat)
+    return Build.begin(store, stage, facts, resources, context.beat)
 
 
 def _attempt(build: Build, store: Store, context: RunContext, handler: logging.Handler) -> Record | None:
@@ -246,6 +255,7 @@ def _call(build: Build, store: Store, context: RunContext) -> Metrics | None:
         resources=build.resources,
         # Who has lost the lease works for nothing: the sooner it stops, the better.
         stop_requested=lambda: context.stop_requested() or not build.lease.held(),
+        site=store.site(build.stage, build.lease.number),
     )
     return resolve(build.stage.function)(run)
 
@@ -254,7 +264,7 @@ def _input_paths(stage: Stage, store: Store) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for name, source in stage.inputs.items():
         if isinstance(source, Stage):
-            paths[name] = store.payload(source)
+            paths[name] = store.input_path(source)
         elif source.location is not None:
             paths[name] = Path(source.location)
     return paths

@@ -17,13 +17,15 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.fingerprint import canonical, fingerprint, fingerprint_of_canonical
+from pipeline.stop import STOP_FILE, StopFile, StopFlag
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
@@ -137,6 +139,57 @@ class Stage:
         return f"{self.name}/{self.folder_name}"
 
 
+class Site(Protocol):
+    """How a stage's files come to a node and go back, where the store is no folder that every node sees.
+
+    It travels to workers. Paths of a `StageRun` with a site mean something only inside of `visit`."""
+
+    def visit(self, run: StageRun) -> AbstractContextManager[StageRun]:
+        """The run with folders of this node: its inputs are brought here, what was made is taken away at the end."""
+        ...
+
+    def send(self, run: StageRun, path: Path) -> None:
+        """Take a file of the visit's progress folder away now."""
+        ...
+
+    def fetch(self, name: str) -> Path:
+        """The payload of an input, on this node."""
+        ...
+
+    def place(self, name: str) -> str:
+        """The URL of the payload of an input."""
+        ...
+
+    @property
+    def logs(self) -> str:
+        """The URL of the attempt's logs."""
+        ...
+
+    def clear_staging(self) -> None:
+        """Forget what visits of this attempt have delivered."""
+        ...
+
+    def stop_flag(self) -> StopFlag:
+        """What is raised when the stage shall save its position and end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Located:
+    """A place in an input that a task on any node will read."""
+
+    site: Site
+    name: str
+    """Of the input."""
+    parts: tuple[str, ...]
+    """The way from its payload."""
+
+
+def here(place: Path | Located) -> Path:
+    """A place as a path of this node."""
+    return place if isinstance(place, Path) else place.site.fetch(place.name).joinpath(*place.parts)
+
+
 @dataclass
 class StageRun:
     """What a stage's function gets."""
@@ -155,6 +208,35 @@ class StageRun:
     """What the experiment gives this stage to run on; never part of its identity."""
     stop_requested: Callable[[], bool] = lambda: False
     """Whether to save the position and raise `Stopped` at the next opportunity."""
+    site: Site | None = None
+    """None where every node sees the store's folders."""
+
+    @contextmanager
+    def on_this_node(self) -> Iterator[StageRun]:
+        """The run as a process on any node needs it before it touches a file."""
+        if self.site is None:
+            yield self
+            return
+        with self.site.visit(self) as run:
+            yield run
+
+    def located(self, name: str, path: Path) -> Path | Located:
+        """`path`, which lies in the input `name`, in a form that tasks on other nodes can read (`here`)."""
+        return path if self.site is None else Located(self.site, name, path.relative_to(self.inputs[name]).parts)
+
+    def sent(self, path: Path) -> None:
+        """Say that a file of the progress folder is finished, so that it outlives this process' node."""
+        if self.site is not None:
+            self.site.send(self, path)
+
+    @property
+    def logs(self) -> str:
+        """Where the logs of this attempt's workers are, for people."""
+        return str(self.attempt) if self.site is None else self.site.logs
+
+    def stop_flag(self) -> StopFlag:
+        """What is raised, from wherever, when workers shall save their position and end."""
+        return StopFile(self.progress / STOP_FILE) if self.site is None else self.site.stop_flag()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -163,7 +245,9 @@ class StageRun:
 
     def clear_staging(self) -> None:
         """Remove what a worker that died has left in the staging folder."""
-        for path in self.staging.iterdir():
+        if self.site is not None:
+            self.site.clear_staging()
+        for path in self.staging.iterdir() if self.staging.is_dir() else ():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -182,6 +266,17 @@ class StageRun:
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": step, "steps": steps, "tokens": tokens, "time": time.time(), "metrics": values}
         append_line(self.metrics_path, json.dumps(line))
+
+
+def in_this_process(function: Callable[[StageRun], Metrics]) -> Callable[[StageRun], Metrics]:
+    """For a stage's function that reads and writes files itself, and does not send workers to do it."""
+
+    @wraps(function)
+    def run_here(run: StageRun) -> Metrics:
+        with run.on_this_node() as local:
+            return function(local)
+
+    return run_here
 
 
 def append_line(path: Path, text: str) -> None:

@@ -19,15 +19,17 @@ every file is compared too (`verify`), once per process as long as the files sta
 
 from __future__ import annotations
 
+import fcntl
 import heapq
 import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -40,7 +42,9 @@ from pipeline.notes import read_note, text_of
 from pipeline.paths import require_regular
 from pipeline.record import RECORD_FILE, Record, write_json
 from pipeline.resume import Facts, Outcome
-from pipeline.stage import Stage
+from pipeline.stage import Site, Stage
+from pipeline.status import State, Status
+from pipeline.stop import STOP_FILE, StopFile, StopFlag
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +52,6 @@ _COMPARED = 16
 """Artifacts that a missing one is compared with, to say in what it differs from what is there."""
 _TICK_S = 0.1
 """Longer than a tick of the clock that a local file system takes its times from."""
-
-State = Literal["done", "running", "failed", "waiting", "stopped", "interrupted", "altered", "missing"]
 
 IDENTITY_FILE, OUTCOME_FILE, ATTEMPT_FILE, LOG_FILE = "identity.json", "outcome.json", "attempt.json", "log.txt"
 STOPPED_FILE = "stopped.json"
@@ -59,43 +61,18 @@ class AlteredArtifact(UserError):
     """An artifact whose files are not those of its record."""
 
 
-@dataclass(frozen=True)
-class Status:
-    """Where a stage stands."""
-
-    state: State
-    """`waiting`: nothing is built and an input is being built. `interrupted`: its last attempt ended without a word."""
-    detail: str
-    """One line: metrics of the finished, the error of the failed, the holder of the running."""
-    stage: Stage
-    folder: Path
-    """Its folder in the store, there or not."""
-    attempt: int = 0
-    """Number of the newest attempt."""
-    where: str = ""
-    """Who builds it, of a running stage: `process 12 on host`."""
-    error: str = ""
-    """Cause of a failure, one line."""
-    log: Path | None = None
-    """Log of the newest attempt."""
-    checkpoint: int | None = None
-    """Step of the newest whole step checkpoint, of a stage that is neither finished nor running."""
-    torn: str = ""
-    """Newer step checkpoints that are not whole, and why."""
-    record: Record | None = None
-    """Of a finished stage."""
-
-
 class Store:
     """Artifacts under one folder, which need not exist yet; `verify` reads every byte at the first look, too.
 
-    Raises UserError for a URL."""
+    Raises UserError for a URL, which is an `ObjectStore`'s."""
 
     def __init__(self, root: Path | str, ttl: float = TTL, verify: bool = False) -> None:
         if "://" in str(root):
-            raise UserError(f"store = {root}: a store is a folder that every node sees, not a URL; mount it")
+            raise UserError(f"store = {root}: a URL is opened with `pipeline.objects.store.open_at`")
         self.root = Path(root).expanduser().absolute()
         """Absolute, since workers run in other folders."""
+        self.location = str(self.root)
+        """What `pipeline.objects.store.open_at` opens again, in another process."""
         self._ttl = ttl
         self._verify = verify
         self._watches: dict[Path, Watch] = {}
@@ -129,6 +106,39 @@ class Store:
     def progress(self, stage: Stage) -> Path:
         """Folder of what outlives attempts."""
         return self.folder(stage) / "progress"
+
+    def place(self, stage: Stage) -> str:
+        """Where a stage's payload is, for people and for MLflow."""
+        return str(self.payload(stage))
+
+    def site(self, stage: Stage, attempt: int) -> Site | None:
+        """How files come to where an attempt works; None, since every node sees this folder."""
+        return None
+
+    def stop_flag(self, stage: Stage) -> StopFlag:
+        """Raised, it asks a stage that is being built to save its position and end."""
+        return StopFile(self.progress(stage) / STOP_FILE)
+
+    def interrupt_flag(self) -> StopFlag:
+        """A new flag, for a run to ask all its trials to end."""
+        return StopFile(self.root / "tune" / f"interrupt-{uuid.uuid4().hex[:12]}")
+
+    def bring(self, folder: Path, name: str) -> None:
+        """Before files called `name` in a sweep's own folder are read: nothing to do, since this is where they are."""
+
+    def keep(self, path: Path) -> None:
+        """After a file of a sweep's own folder was written: nothing to do, since this is where it stays."""
+
+    def alone(self, folder: Path) -> ExitStack | None:
+        """A lock on a sweep's own folder, to be closed; None while another process has it. It ends with its process."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stream = stack.enter_context((folder / "mlflow.lock").open("w"))
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            return stack.pop_all()
 
     def create(self, stage: Stage) -> Path:
         """The folder of a stage, made if need be; every process gets the same one.
@@ -199,6 +209,14 @@ class Store:
         folder = self.find(identity, "*" if isinstance(stage, str) else stage.name)
         return None if folder is None else _checked(folder, identity, full)
 
+    def ready(self, stage: Stage) -> bool:
+        """Whether an input is there and every byte of it is what was written. Raises AlteredArtifact when it is not."""
+        return self.verify(stage) is not None
+
+    def input_path(self, stage: Stage) -> Path:
+        """Where an input is for who reads it."""
+        return self.payload(stage)
+
     def is_altered(self, stage: Stage, full: bool = False) -> bool:
         """Whether there is an artifact that is not what was written, as far as `record` or, with `full`, `verify` sees."""
         try:
@@ -215,7 +233,7 @@ class Store:
         wanted = stage.full_description if others else {}
         best: tuple[int, float, Nearest] | None = None
         for folder in others:
-            record = folder / "payload" / RECORD_FILE
+            record = self._record_file(folder)
             if not record.exists():
                 continue
             try:
@@ -228,6 +246,9 @@ class Store:
             if best is None or key < best[:2]:
                 best = (*key, Nearest(f"{stage.name}/{folder.name}", found))
         return None if best is None else best[2]
+
+    def _record_file(self, folder: Path) -> Path:
+        return folder / "payload" / RECORD_FILE
 
     def _alike(self, stage: Stage) -> list[Path]:
         """Other folders of the same kind of stage, those with the most similar labels first; not all, if there are many."""

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -30,11 +29,12 @@ from overfill.errors import UserError, disk_full
 from pipeline.cluster import remove_abandoned_groups
 from pipeline.config import AshaConfig, ResourcesConfig
 from pipeline.curves import Curve
+from pipeline.objects.store import open_at
 from pipeline.runner import RunContext, StageFailed, StageInterrupted, StageStopped, run_graph
+from pipeline.stop import StopFlag
 from pipeline.store import AlteredArtifact, Store
 from pipeline.submission.fitting import driver_bundle
 from pipeline.sweep import Cell, to_build
-from pipeline.training.resources import STOP_FILE, StopFile
 
 log = logging.getLogger(__name__)
 
@@ -78,33 +78,33 @@ class _Job:
 
     chunks: list[ray.ObjectRef[list[_Task]]]
     """The cells, `CHUNK` of them in an object: a trial that read all of them would make the sweep's cost quadratic."""
-    store_root: Path
+    store: str
+    """Its location."""
     resources: ResourcesConfig
     reports: bool
     """Whether a scheduler wants to hear of the curves."""
     continue_stopped: bool
     leaves: tuple[str, ...]
-    interrupt: Path
-    """A file that appears when all shall end."""
+    interrupt: StopFlag
+    """Raised when all shall end."""
 
 
 def run_cells(
     cells: Sequence[Cell],
-    store_root: Path,
+    store: Store,
     resources: ResourcesConfig,
     concurrent: int,
     leaves: tuple[str, ...],
-    interrupt: Path,
+    interrupt: StopFlag,
     asha: AshaConfig | None = None,
     continue_stopped: bool = False,
 ) -> list[Outcome]:
     """Run every cell up to its stages of the names `leaves`; a failing one does not take the others with it.
 
-    When the file `interrupt` appears, what runs saves its position and ends, and the rest does not begin."""
-    store = Store(store_root)
+    When `interrupt` is raised, what runs saves its position and ends, and the rest does not begin."""
     tasks = [_Task(cell, store.ended_attempts(cell.stages)) for cell in cells]
     chunks = [ray.put(tasks[start : start + CHUNK]) for start in range(0, len(tasks), CHUNK)]
-    job = _Job(chunks, store_root, resources, asha is not None, continue_stopped, leaves, interrupt)
+    job = _Job(chunks, store.location, resources, asha is not None, continue_stopped, leaves, interrupt)
     place = tune.PlacementGroupFactory([driver_bundle(resources.drivers)])
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_drive, job=job), place),
@@ -116,7 +116,7 @@ def run_cells(
         ),
         run_config=tune.RunConfig(
             name=f"run-{time.time_ns()}",
-            storage_path=str(store_root / "tune"),
+            storage_path=str(store.root / "tune"),
             failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
             verbose=0,
         ),
@@ -135,12 +135,12 @@ def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
     if abandoned := remove_abandoned_groups():  # this trial may be the successor of a killed one
         log.warning("the workers of a trial that was killed are given back (%d placement groups)", abandoned)
     task: _Task = ray.get(job.chunks[config["place"] // CHUNK])[config["place"] % CHUNK]
-    cell, store = task.cell, Store(job.store_root)
+    cell, store = task.cell, open_at(job.store)
     resources = {name: getattr(job.resources, name) for name in ResourcesConfig.model_fields}
     resources["tokenizer"] = resources["data"]
     context = RunContext(
         resources=resources,
-        stop_requested=StopFile(job.interrupt),
+        stop_requested=job.interrupt,
         continue_stopped=job.continue_stopped,
         before=task.before,
     )
@@ -234,4 +234,4 @@ def request_stop(cell: Cell, store: Store, reason: str) -> None:
     """Ask the cell's distillation to save its position and end."""
     stage = cell.stage("distill")
     if stage is not None and store.find(stage.identity) is not None:
-        (store.progress(stage) / STOP_FILE).write_text(reason + "\n", encoding="utf-8")
+        store.stop_flag(stage).ask(reason)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.curves import Curve
 from pipeline.lease import attempt_folder
 from pipeline.notes import read_note, time_of
-from pipeline.store import ATTEMPT_FILE, OUTCOME_FILE, Status, Store
+from pipeline.status import Status
+from pipeline.store import ATTEMPT_FILE, OUTCOME_FILE, Store
 
 if TYPE_CHECKING:
     from pipeline.stage import Stage

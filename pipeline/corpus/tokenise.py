@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipeline.corpus.chat import ChatEncoder, Sample, load_tokenizer
 from pipeline.corpus.rows import RowError, field_names
 from pipeline.corpus.sources import SplitRows
+from pipeline.stage import Located, here
 
 ROWS_AT_ONCE = 256
 
@@ -42,13 +43,13 @@ class TokeniseJob:
     """All that a task needs to know; it travels to every worker."""
 
     rows: SplitRows
-    tokenizer: Path
+    tokenizer: Path | Located
     chat_template: str | None
     max_length: int
 
     def encoder(self) -> ChatEncoder:
         """The encoder, its tokenizer from this process' cache."""
-        return ChatEncoder(load_tokenizer(self.tokenizer, self.chat_template), self.max_length)
+        return ChatEncoder(load_tokenizer(here(self.tokenizer), self.chat_template), self.max_length)
 
     def tables(self, piece: int) -> Iterator[pa.Table]:
         """The results for one piece in row order, as tables of `RESULT_SCHEMA`; none for a piece without rows."""

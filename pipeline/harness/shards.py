@@ -106,13 +106,14 @@ def shard_file(folder: Path, shard: Shard) -> Path:
     return folder / SHARDS / fingerprint(shard.task) / f"{shard.start:08d}-{shard.stop:08d}.json"
 
 
-def keep(folder: Path, shard: Shard, answers: Answers) -> None:
-    """Write a shard's answers, whole or not at all."""
+def keep(folder: Path, shard: Shard, answers: Answers) -> Path:
+    """Write a shard's answers, whole or not at all; returns the file."""
     path = shard_file(folder, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"task": shard.task, "truncated": answers.truncated, "documents": answers.documents}
     content = json.loads(json.dumps(content))  # as it will be read, for the digest
     write_json(path, {"content": content, "digest": _digest(content)})
+    return path
 
 
 def kept(folder: Path, task: str) -> Answers:

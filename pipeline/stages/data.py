@@ -31,7 +31,7 @@ from pipeline.corpus.shards import ShardWriter
 from pipeline.corpus.sources import CorpusSource, open_source
 from pipeline.corpus.tokenise import UNREADABLE, TokeniseJob, unreadable
 from pipeline.corpus.toy import Split
-from pipeline.stage import StageRun, Stopped
+from pipeline.stage import StageRun, Stopped, in_this_process
 from pipeline.stages.folders import tokenizer_folder
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ _HOPELESS = 10_000
 """Rows after which a corpus without a single sample is given up."""
 
 
+@in_this_process
 def run(run: StageRun) -> dict[str, float | int | str]:
     """Tokenise the corpus of `run.stage.config` (a `DataConfig`) with the tokenizer `run.inputs["tokenizer"]`.
 
@@ -62,7 +63,8 @@ def run(run: StageRun) -> dict[str, float | int | str]:
     limits: dict[Split, int | None] = {"train": config.train_samples, "test": config.test_samples}
     summary: dict[str, Any] = {}
     for split, limit in limits.items():
-        job = TokeniseJob(source.split(split), tokenizer, config.chat_template, config.max_length)
+        place = run.located("tokenizer", tokenizer)
+        job = TokeniseJob(source.split(split), place, config.chat_template, config.max_length)
         summary["end_of_turn"] = job.encoder().end_of_turn  # a bad template is found here, before any task
         summary[split] = _write_split(run, job, source, split, limit, resources)
     (run.staging / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")

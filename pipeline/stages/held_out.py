@@ -24,13 +24,14 @@ from pipeline.corpus.rows import Message, RowError
 from pipeline.corpus.shards import ShardWriter, TokenShards
 from pipeline.corpus.sources import open_source
 from pipeline.corpus.tokenise import batched
-from pipeline.stage import StageRun, Stopped
+from pipeline.stage import StageRun, Stopped, in_this_process
 from pipeline.stages.data import data_config
 from pipeline.stages.folders import model_folder, tokenizer_folder
 
 CONVERSATIONS_AT_ONCE = 64
 
 
+@in_this_process
 def run(run: StageRun) -> dict[str, float | int | str]:
     """Write `test/`, token shards with the first samples of `run.inputs["data"]` in the tokens of the released model.
 

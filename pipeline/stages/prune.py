@@ -49,4 +49,7 @@ def full_model_of(run: StageRun, folder: Path) -> FullModel:
     source, digest = run.stage.inputs["teacher"], weights_digest(folder)
     if not isinstance(source, External) and "model" in source.config:
         return FullModel(id=source.config["model"], revision=source.config["revision"], digest=digest)
-    return FullModel(id=str(folder), revision=None, digest=digest)
+    place = (
+        str(folder) if run.site is None else f"{run.site.place('teacher')}/{folder.relative_to(run.inputs['teacher'])}"
+    )
+    return FullModel(id=place, revision=None, digest=digest)

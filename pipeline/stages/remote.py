@@ -124,7 +124,8 @@ def _guarded(work: Work, run: StageRun) -> _Result:
 
     torch.set_num_threads(run.resources.threads)
     try:
-        return _Result(metrics=dict(work(run)))
+        with run.on_this_node() as local:
+            return _Result(metrics=dict(work(local)))
     except UserError as error:
         return _Result(user_error=str(error))
     except Exception as error:

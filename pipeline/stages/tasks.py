@@ -51,7 +51,7 @@ def answer_shards(run: StageRun, worker: int, workers: int) -> Metrics:
     for shard in missing:
         assert model is not None  # something is missing
         answers = shards.answer(model, documents[shard.task][shard.start : shard.stop])
-        shards.keep(run.progress, shard, answers)
+        run.sent(shards.keep(run.progress, shard, answers))
         done = sum(shards.answered(run.progress, task) for task in sizes)
         run.log_metrics(done, sum(sizes.values()), {})
     return {}

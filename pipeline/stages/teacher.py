@@ -4,7 +4,7 @@ model to compare with is fetched alike."""
 from __future__ import annotations
 
 from overfill.errors import UserError
-from pipeline.stage import Metrics, StageRun
+from pipeline.stage import Metrics, StageRun, in_this_process
 from pipeline.stages.distill import metrics_of
 from pipeline.training.launch import run_workers
 from pipeline.training.worker import pretrain
@@ -15,6 +15,7 @@ def run(run: StageRun) -> Metrics:
     return metrics_of(run_workers(pretrain, run))
 
 
+@in_this_process
 def fetch(run: StageRun) -> Metrics:
     """Download a Hub model into the store; the payload is `model/`. Weights as safetensors only: no pickle is fetched.
 

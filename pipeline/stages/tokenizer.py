@@ -12,12 +12,13 @@ from itertools import islice
 from overfill.errors import UserError
 from pipeline.corpus.sources import open_source
 from pipeline.corpus.tokenizer import character_tokenizer, save_tokenizer, texts_of, train_byte_level_bpe
-from pipeline.stage import StageRun
+from pipeline.stage import StageRun, in_this_process
 from pipeline.stages.data import data_config
 
 TRAINING_CHARACTERS = 50_000_000
 
 
+@in_this_process
 def run(run: StageRun) -> dict[str, float | int | str]:
     """Make the tokenizer that `run.config` ({"data": DataConfig, "vocabulary": int or None}) describes.
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from overfill.dial import EXACT, dial
 from pipeline.graph import SYSTEM
-from pipeline.stages.folders import model_folder
 from pipeline.tracking.pyfunc_model import REFERENCE_FILE
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def datasets(cell: Cell, store: Store) -> list[DatasetUse]:
             name=f"{data.dataset or data.source}-{split}".replace("/", "-"),
             digest=stage.identity,
             source_type="hugging_face" if data.source == "hf" else "local",
-            source=json.dumps(place | {"shards": str(store.payload(stage) / split)}),
+            source=json.dumps(place | {"shards": f"{store.place(stage)}/{split}"}),
             profile=json.dumps(_profile(record, split)),
             context=context,
         )
@@ -86,8 +85,8 @@ def student(cell: Cell, store: Store) -> LoggedStudent | None:
     weights = {name: entry.sha256 for name, entry in record.files.items() if name.startswith("model/")}
     reference = {
         "system": SYSTEM[cell.method],
-        "student": str(model_folder(store.payload(stage))),
-        "full": None if teacher is None else str(model_folder(store.payload(teacher))),
+        "student": f"{store.place(stage)}/model",
+        "full": None if teacher is None else f"{store.place(teacher)}/model",
         "options": {"exact": True} if asked == EXACT else {"refresh": asked},
         "sha256": {name.removeprefix("model/"): digest for name, digest in weights.items()},
     }

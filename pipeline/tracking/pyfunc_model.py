@@ -14,6 +14,7 @@ from typing import Any
 from overfill.errors import UserError
 from pipeline.answer import prompt_ids
 from pipeline.fingerprint import digest_file
+from pipeline.objects.places import local_place
 
 REFERENCE_FILE = "student.json"
 MAX_NEW_TOKENS = 128
@@ -63,7 +64,7 @@ def _load_pyfunc(path: str) -> StudentModel:
 
     place = Path(path)
     reference = json.loads((place / REFERENCE_FILE if place.is_dir() else place).read_text(encoding="utf-8"))
-    folder = Path(reference["student"])
+    folder = local_place(reference["student"])
     for name, expected in reference["sha256"].items():
         if not (folder / name).is_file() or digest_file(folder / name) != expected:
             raise UserError(
@@ -73,5 +74,5 @@ def _load_pyfunc(path: str) -> StudentModel:
         student = load_student(folder)
         two_stage = TwoStageForCausalLM(student, student)
     else:
-        two_stage = TwoStageForCausalLM.from_pretrained(folder, full=reference["full"])
+        two_stage = TwoStageForCausalLM.from_pretrained(folder, full=str(local_place(reference["full"])))
     return StudentModel(two_stage, AutoTokenizer.from_pretrained(tokenizer_folder(folder)), reference["options"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from overfill.errors import UserError
 from pipeline.masking import mask_uri
 from pipeline.reporting.report import make_report
-from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.ledger import LEDGER_FILE, Ledger
 from pipeline.tracking.tracker import tracking_uri
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def register(experiment: Experiment, store: Store, label: str | None, model: str
     """
     cell = _labelled(experiment.cells, label) if label else _to_ship(experiment, store)
     uri = tracking_uri(store.root)
-    known = Ledger.read(store.root / "sweeps" / experiment.name, mask_uri(uri)).cells.get(cell.identity)
+    folder = store.root / "sweeps" / experiment.name
+    store.bring(folder, LEDGER_FILE)
+    known = Ledger.read(folder, mask_uri(uri)).cells.get(cell.identity)
     if known is None:
         raise UserError(f"{cell.label}: MLflow at {mask_uri(uri)} has no run of it; `overfill run` of the file logs it")
     from pipeline.tracking.server import MlflowServer  # imports mlflow

@@ -175,7 +175,7 @@ class Sync:
         if entry is None:
             self._save(self._ledger, "")  # the token first: by it a run is found whose id never came back
         key = f"{self._ledger.token}/parent"
-        described = {"sweep": self._sweep.name, "role": "sweep", "store": str(self._sweep.store.root), KEY_TAG: key}
+        described = {"sweep": self._sweep.name, "role": "sweep", "store": self._sweep.store.location, KEY_TAG: key}
         described |= {"mlflow.source.name": "overfill", "mlflow.source.type": "LOCAL"}
         described |= {"commit": self._sweep.commit} if self._sweep.commit else {}
         # A sweep that ran before there was a server began with its first cell; any other begins now.
@@ -292,7 +292,7 @@ class Sync:
         records = {stage.name: (stage, self._sweep.store.record(stage)) for stage in view.cell.stages}
         return {
             name: {
-                "folder": str(self._sweep.store.payload(stage)),
+                "folder": self._sweep.store.place(stage),
                 "identity": stage.identity,
                 "sha256": {file: entry.sha256 for file, entry in record.files.items()},
             }

@@ -15,7 +15,6 @@ at their end state is recognised from the ledger in the store alone.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
@@ -23,14 +22,15 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from pipeline.interruption import EndNow
 from pipeline.masking import mask_text, mask_uri
 from pipeline.record import source_commit
-from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.ledger import LEDGER_FILE, Ledger
 from pipeline.tracking.sync import Sweep, Sync
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Tracker:
         self._interval, self._flush = interval, flush
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
-        self._lock: IO[str] | None = None
+        self._lock: ExitStack | None = None
         self._sync: Sync | None = None
         self._server: MlflowServer | None = None
         self._complaint = ""
@@ -155,6 +155,7 @@ class Tracker:
             if not sync.up_to_date(now):
                 self._server = self._server or self._connect()
                 sync.push(self._server, now, final)
+                self._keep_ledger()
         except Exception as error:  # whatever it is, training goes on, and the next look tries again
             return self._failed(f"{type(error).__name__}: {error}")
         if sync.problems:
@@ -163,6 +164,12 @@ class Tracker:
             log.info("MLflow at %s is up to date again", self.masked_uri)
             self._complaint = ""
         return True
+
+    def _keep_ledger(self) -> None:
+        """Where the next driver finds it, on whatever machine; of a database on this one, it would know nothing there."""
+        path = self._folder / LEDGER_FILE
+        if path.exists() and not self.uri.startswith("sqlite"):
+            self._store.keep(path)
 
     def _connect(self) -> MlflowServer:
         from pipeline.tracking.server import MlflowServer  # imports mlflow: only when there is something to say
@@ -180,21 +187,15 @@ class Tracker:
         """Whether this driver is the sweep's only writer."""
         if self._lock is not None:
             return True
-        self._folder.mkdir(parents=True, exist_ok=True)
-        stream = (self._folder / "mlflow.lock").open("w")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.close()
-            return False
-        self._lock = stream
-        return True
+        self._lock = self._store.alone(self._folder)
+        return self._lock is not None
 
     def _make_sync(self) -> Sync:
         from pipeline.config_io import dump_yaml  # yaml is not needed before
 
         experiment, cells = self._sweep
         folder, server = self._folder, self.masked_uri
+        self._store.bring(folder, LEDGER_FILE)
         text = dump_yaml(experiment.model_dump(mode="json"))
         sweep = Sweep(experiment.name, experiment.description, text, cells, self._store, source_commit())
         return Sync(sweep, Ledger.read(folder, server), lambda ledger, cell: ledger.write(folder, server, cell))

@@ -20,15 +20,15 @@ from pipeline.config import StageResources
 from pipeline.config_training import TrainingConfig
 from pipeline.corpus.order import sequences_per_batch
 from pipeline.corpus.shards import TokenShards
-from pipeline.stage import StageRun
-from pipeline.training import checkpoints, state
-from pipeline.training.checkpoints import Position
+from pipeline.stage import Located, StageRun, here
+from pipeline.training import state
+from pipeline.training.checkpoints import Position, StepFolders
 from pipeline.training.deepspeed_config import EngineSettings
 from pipeline.training.distributed import Place
 from pipeline.training.engine import StudentEngine, is_sharded, whole_parameter
 from pipeline.training.loop import train
 from pipeline.training.objective import FullModel, Objective
-from pipeline.training.session import Outcome, Services, Session, steps_root
+from pipeline.training.session import Outcome, Services, Session, steps_of
 from pipeline.training.stream import StreamPlan
 
 log = logging.getLogger(__name__)
@@ -54,12 +54,13 @@ def run_training(
     run: StageRun, learner: Learner, resources: StageResources, place: Place, services: Services
 ) -> dict[str, Any]:
     """Train until the end, or until the stage is asked to stop; rank 0 writes the model. A collective."""
-    plan = _plan(run.inputs["data"] / "train", learner, resources, place)
+    plan = _plan(run.located("data", run.inputs["data"] / "train"), learner, resources, place)
     settings = _engine_settings(learner.config, resources, plan)
     module = DistillationModel(learner.model)
     if place.first:
         run.clear_staging()  # a worker may have died while it wrote its result
-    found = _newest_checkpoint(run, place)
+    steps = steps_of(run)
+    found = _newest_checkpoint(steps, place)
     if found is not None:
         state.load_weights(module, found)
     if resources.activation_checkpointing:
@@ -77,6 +78,7 @@ def run_training(
         full=learner.full(settings),
         place=place,
         services=services,
+        steps=steps,
     )
     began = time.perf_counter()
     log.info("engines made; training from step %d to %d on %d workers", start.step, plan.steps, place.workers)
@@ -106,8 +108,8 @@ def gathered_weights(engine: StudentEngine, place: Place) -> dict[str, Tensor]:
     return gathered
 
 
-def _plan(folder: Path, learner: Learner, resources: StageResources, place: Place) -> StreamPlan:
-    sequences = sequences_per_batch(learner.config.batch_tokens, TokenShards.open(folder).lengths)
+def _plan(folder: Path | Located, learner: Learner, resources: StageResources, place: Place) -> StreamPlan:
+    sequences = sequences_per_batch(learner.config.batch_tokens, TokenShards.open(here(folder)).lengths)
     return StreamPlan(
         folder=folder,
         sequences_per_batch=sequences,
@@ -129,14 +131,14 @@ def _engine_settings(config: TrainingConfig, resources: StageResources, plan: St
     )
 
 
-def _newest_checkpoint(run: StageRun, place: Place) -> Path | None:
+def _newest_checkpoint(steps: StepFolders, place: Place) -> Path | None:
     """Where to go on from, chosen by rank 0 for all."""
 
-    def torn(folder: Path, reason: str) -> None:
-        log.warning("step checkpoint %s is not complete (%s): it is skipped", folder.name, reason)
+    def torn(name: str, reason: str) -> None:
+        log.warning("step checkpoint %s is not complete (%s): it is skipped", name, reason)
 
-    found = checkpoints.newest_complete(steps_root(run), torn) if place.first else None
-    return place.from_first(found)
+    found = place.from_first(steps.newest(torn) if place.first else None)
+    return None if found is None else steps.open(found)
 
 
 def _result(outcome: Outcome, seconds: float) -> dict[str, Any]:

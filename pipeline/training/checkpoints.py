@@ -59,10 +59,11 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def write_manifest(folder: Path, rank: int, files: list[Path]) -> None:
-    """List this rank's files, which are complete now, with size and sha256."""
+def write_manifest(folder: Path, rank: int, files: list[Path]) -> Path:
+    """List this rank's files, which are complete now, with size and sha256; returns the manifest."""
     listed = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     _write_json(_manifest(folder, rank), {"files": listed})
+    return _manifest(folder, rank)
 
 
 def write_position(folder: Path, position: Position) -> Path:
@@ -126,6 +127,34 @@ def remove_old(root: Path, keep: int) -> None:
     for folder in _folders(root):
         if folder not in marked[:keep] and folder <= marked[0]:
             shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class StepFolders:
+    """Where the step checkpoints of a run are: a folder that all its workers see. `pipeline.objects` has another kind."""
+
+    root: Path
+    """Where ranks write."""
+
+    def sent(self, folder: Path, files: list[Path]) -> None:
+        """This rank has written its files and their manifest."""
+
+    def complete(self, folder: Path, ranks: int, keep: int) -> None:
+        """Every rank has: mark the checkpoint, and remove all but the newest `keep`. Called once."""
+        mark_complete(folder, ranks)
+        remove_old(self.root, keep)
+
+    def leave(self, folder: Path) -> None:
+        """The checkpoint is marked, and this rank is done with it."""
+
+    def newest(self, on_torn: Callable[[str, str], None]) -> str | None:
+        """Name of the newest that is complete; `on_torn` gets the name of each newer one that is not, with why."""
+        found = newest_complete(self.root, lambda folder, why: on_torn(folder.name, why))
+        return None if found is None else found.name
+
+    def open(self, name: str) -> Path:
+        """Folder of a checkpoint on this node."""
+        return self.root / name
 
 
 def _folders(root: Path) -> list[Path]:

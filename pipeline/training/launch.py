@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
@@ -24,10 +23,11 @@ from overfill.errors import UserError, disk_full
 from pipeline.cluster import check_holds
 from pipeline.config import StageResources
 from pipeline.stage import StageRun
+from pipeline.stop import StopFlag
 from pipeline.submission.fitting import worker_bundle
 from pipeline.training.backend import RendezvousConfig, Trainer, dashboard_runs
 from pipeline.training.failures import Budget, Cause, cause_of_all, first_of, one_line, origin, out_of_memory
-from pipeline.training.resources import STOP_FILE, StopFile, stage_resources
+from pipeline.training.resources import stage_resources
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
         os.environ.setdefault(name, value)
     name = run.stage.identity
     (run.progress / name / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    stop = StopFile(run.progress / STOP_FILE)
-    stop.path.unlink(missing_ok=True)
+    stop = run.stop_flag()
+    stop.clear()
     trainer = Trainer(
         Retries(Budget.of(resources)),
         function,
@@ -84,7 +84,7 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
             failure_config=FailureConfig(controller_failure_limit=CONTROLLER_FAILURES),  # the rest is in `Retries`
         ),
     )
-    with _forward_stop(run.stop_requested, stop.path):
+    with _forward_stop(run.stop_requested, stop):
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
@@ -133,18 +133,18 @@ def _final(error: TrainingFailedError, run: StageRun, resources: StageResources)
         if cause == "memory":
             return UserError(out_of_memory(run.stage.name, resources, own))
         return disk_full(origin(own)) or UserError(str(origin(own)))
-    return TrainingFailed(f"{describe(error)}; the workers' logs are in {run.attempt}")
+    return TrainingFailed(f"{describe(error)}; the workers' logs are in {run.logs}")
 
 
 @contextmanager
-def _forward_stop(requested: Callable[[], bool], path: Path) -> Iterator[None]:
-    """While inside, make the stop file as soon as the stage is asked to stop."""
+def _forward_stop(requested: Callable[[], bool], flag: StopFlag) -> Iterator[None]:
+    """While inside, raise the flag that workers look for as soon as the stage is asked to stop."""
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(STOP_POLL_S):
             if requested():
-                path.touch()
+                flag.ask()
                 return
 
     watcher = threading.Thread(target=watch, name="forward-stop", daemon=True)

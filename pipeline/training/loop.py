@@ -20,7 +20,7 @@ from pipeline.training.checkpoints import Position
 from pipeline.training.failures import NodeReclaimed
 from pipeline.training.metrics import LossSums, Rate
 from pipeline.training.schedule import learning_rate
-from pipeline.training.session import Outcome, Session, steps_root
+from pipeline.training.session import Outcome, Session
 from pipeline.training.stream import StepRows
 from pipeline.training.system_metrics import system_metrics
 from pipeline.training.validation import validation_nll
@@ -165,8 +165,8 @@ class Recorder:
 
 def _checkpoint(session: Session, position: Position) -> None:
     """Write a step checkpoint and tell Ray Train of it. A collective."""
-    root, keep = steps_root(session.run), session.resources.keep_checkpoints
-    folder = state.save(session.engine, root, position, session.place, keep)
+    keep = session.resources.keep_checkpoints
+    folder = state.save(session.engine, session.steps, position, session.place, keep)
     session.services.report(position, folder)
 
 

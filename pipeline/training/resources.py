@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from pipeline.config import StageResources
 from pipeline.stage import StageRun
-
-STOP_FILE = "stop"
-"""In the progress folder of a stage that shall save its position and end."""
-
-
-@dataclass(frozen=True)
-class StopFile:
-    """`stop_requested` for workers on any machine: whether a file is there."""
-
-    path: Path
-
-    def __call__(self) -> bool:
-        return self.path.exists()
 
 
 def stage_resources(run: StageRun) -> StageResources:

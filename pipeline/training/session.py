@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.config import StageResources
 from pipeline.config_training import TrainingConfig
 from pipeline.stage import StageRun
-from pipeline.training.checkpoints import Position
+from pipeline.training.checkpoints import Position, StepFolders
 from pipeline.training.distributed import Place
 from pipeline.training.engine import StudentEngine
 from pipeline.training.objective import FullModel, Objective
@@ -27,6 +27,13 @@ def report_to_ray(position: Position, folder: Path) -> None:
         checkpoint=Checkpoint(str(folder)),
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )
+
+
+def report_step(position: Position, folder: Path) -> None:
+    """Tell Ray Train of a position alone. A barrier over all workers."""
+    from ray import train
+
+    train.report({"step": position.step, "tokens": position.tokens})
 
 
 def node_is_reclaimed() -> bool:
@@ -63,6 +70,8 @@ class Session:
     full: FullModel | None
     place: Place
     services: Services
+    steps: StepFolders
+    """Its step checkpoints."""
 
     @property
     def held_out(self) -> Path:
@@ -82,3 +91,17 @@ class Outcome:
 def steps_root(run: StageRun) -> Path:
     """Where a run's step checkpoints lie: Ray Train's folder of the run, outside of which it takes no checkpoint."""
     return run.progress / run.stage.identity
+
+
+def steps_of(run: StageRun) -> StepFolders:
+    """A run's step checkpoints."""
+    if run.site is None:
+        return StepFolders(steps_root(run))
+    from pipeline.objects.steps import ObjectSteps
+
+    return ObjectSteps.of(run.site, steps_root(run))
+
+
+def services_of(run: StageRun) -> Services:
+    """Ray's services; where checkpoints are no files that Ray Train's controller sees, it hears of none."""
+    return Services() if run.site is None else Services(report=report_step)

@@ -20,16 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.training import checkpoints
-from pipeline.training.checkpoints import Position
+from pipeline.training.checkpoints import Position, StepFolders
 from pipeline.training.distributed import Place
 from pipeline.training.engine import KINDS, WEIGHT, StudentEngine
 
 _RANDOM = "random/"
 
 
-def save(engine: StudentEngine, root: Path, position: Position, place: Place, keep: int) -> Path:
+def save(engine: StudentEngine, steps: StepFolders, position: Position, place: Place, keep: int) -> Path:
     """Write a step checkpoint and remove old ones. A collective; returns its folder when it is complete."""
-    folder = root / place.from_first(checkpoints.new_name(position.step))
+    folder = steps.root / place.from_first(checkpoints.new_name(position.step))
     folder.mkdir(parents=True, exist_ok=True)
     named = engine.parameters()
     writer = _writers(dict(named), place.workers)
@@ -42,12 +42,12 @@ def save(engine: StudentEngine, root: Path, position: Position, place: Place, ke
     file = folder / f"rank-{place.rank:05d}.safetensors"
     save_file(mine | _random_state(place), file)
     files = [file, checkpoints.write_position(folder, position)] if place.first else [file]
-    checkpoints.write_manifest(folder, place.rank, files)
+    steps.sent(folder, [*files, checkpoints.write_manifest(folder, place.rank, files)])
     place.barrier()
     if place.first:
-        checkpoints.mark_complete(folder, place.workers)
-        checkpoints.remove_old(root, keep)
+        steps.complete(folder, place.workers, keep)
     place.barrier()
+    steps.leave(folder)
     return folder
 
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.corpus.order import EMPTY_SLOT, BatchOrder
 from pipeline.corpus.shards import TokenRow, TokenShards
+from pipeline.stage import Located, here
 
 TOKENS_PER_BLOCK = 131_072
 MOST_STEPS_PER_BLOCK = 64
@@ -38,7 +39,7 @@ Row = tuple[NDArray[np.int32], NDArray[np.int32]]
 class StreamPlan:
     """Which rows a worker gets at each step."""
 
-    folder: Path
+    folder: Path | Located
     """Token shards."""
     sequences_per_batch: int
     """Samples of a global batch."""
@@ -161,6 +162,6 @@ def ids_of(row: TokenRow) -> Row:
 
 
 @lru_cache(maxsize=2)
-def _opened(folder: Path, sequences_per_batch: int, seed: int) -> tuple[TokenShards, BatchOrder]:
-    shards = TokenShards.open(folder)
+def _opened(folder: Path | Located, sequences_per_batch: int, seed: int) -> tuple[TokenShards, BatchOrder]:
+    shards = TokenShards.open(here(folder))
     return shards, BatchOrder(shards.prompt_lengths, shards.response_lengths, sequences_per_batch, seed)

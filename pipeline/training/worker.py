@@ -62,12 +62,12 @@ def log_file(run: StageRun, rank: int) -> Path:
 def guarded(work: Callable[[StageRun], dict[str, Any]], run: StageRun, rank: int) -> dict[str, Any]:
     """Call `work(run)` with a log of its own. What it raises is in the log: a user's mistake in words, anything else with
     its traceback; whether to try again is for `failures` to say."""
-    with _logging_to(log_file(run, rank)):
+    with run.on_this_node() as local, _logging_to(log_file(local, rank)):
         try:
             log.info("worker process %d begins", os.getpid())
             import_training_libraries()
             log.info("libraries imported")
-            return work(run)
+            return work(local)
         except UserError as error:
             log.error("%s", error)
             raise

@@ -16,9 +16,10 @@ from types import FrameType
 from typing import Any
 
 from pipeline import lease
+from pipeline.objects.store import open_at
 from pipeline.record import libraries, source_commit
 from pipeline.runner import RunContext, run_graph
-from pipeline.stage import Stage, StageRun, Stopped, append_line
+from pipeline.stage import Stage, StageRun, Stopped, append_line, in_this_process
 from pipeline.store import AlteredArtifact, Store
 
 
@@ -41,6 +42,7 @@ def chain() -> tuple[Stage, Stage, Stage]:
     return teacher, distill, toy("evaluate", {"student": distill}, samples=8)
 
 
+@in_this_process
 def write(run: StageRun) -> dict[str, float | int]:
     """Payload: the config, what the inputs said, and a file in a folder. Says in a journal that it ran."""
     journal = (run.resources or {}).get("journal")
@@ -53,11 +55,12 @@ def write(run: StageRun) -> dict[str, float | int]:
     return {"inputs": len(read), "share": 0.5}
 
 
+@in_this_process
 def slow(run: StageRun) -> dict[str, float | int]:
     """As `write`, but it says that it has begun and takes its time."""
     (run.progress / "begun").touch()
     time.sleep(run.resources["seconds"])
-    return write(run)
+    return write.__wrapped__(run)
 
 
 def steps(run: StageRun) -> dict[str, int]:
@@ -77,6 +80,7 @@ def steps(run: StageRun) -> dict[str, int]:
     return {"first": first}
 
 
+@in_this_process
 def fail(run: StageRun) -> None:
     """Writes half a payload and raises."""
     (run.staging / "half").touch()
@@ -90,18 +94,20 @@ def build(root: str, seconds: str) -> None:
     """Build the slow stage, and say in one line whether this process did it."""
     built: list[str] = []
     context = RunContext(
-        resources={"teacher": {"seconds": float(seconds), "journal": f"{root}/journal"}},
+        resources={
+            "teacher": {"seconds": float(seconds), "journal": "journal" if "://" in root else f"{root}/journal"}
+        },
         on_done=lambda stage, record: built.append(stage.name),
         poll=0.02,
     )
-    run_graph([toy(does="slow")], Store(f"{root}/store"), context)
+    run_graph([toy(does="slow")], open_at(f"{root}/store"), context)
     print("built" if built else "reused")
 
 
 def build_beating_fast(root: str) -> None:
     """As `build`, with a heartbeat of 20 ms; says what the artifact's attempt was."""
     context = RunContext(resources={"teacher": {"seconds": 1.5}}, beat=0.02, poll=0.02)
-    records = run_graph([toy(does="slow")], Store(f"{root}/store"), context)
+    records = run_graph([toy(does="slow")], open_at(f"{root}/store"), context)
     print([record.attempt for record in records.values()])
 
 

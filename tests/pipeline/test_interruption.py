@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.interruption import EndNow, Interruption
+from pipeline.stop import StopFile
 
 
 def waited(true: Callable[[], bool]) -> bool:
@@ -25,7 +26,9 @@ def waited(true: Callable[[], bool]) -> bool:
 
 def interruption(folder: Path, grace_s: float = 60.0, said: list[str] | None = None) -> Interruption:
     words = [] if said is None else said
-    return Interruption(folder, grace_s, lambda: ["distill tiny (step 3/9)", "evaluate tiny"], words.append)
+    return Interruption(
+        StopFile(folder / "flag"), grace_s, lambda: ["distill tiny (step 3/9)", "evaluate tiny"], words.append
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -35,13 +38,13 @@ def test_the_first_signal_is_a_request_that_says_what_is_waited_for(tmp_path: Pa
     with interruption(tmp_path / "tune", said=said) as asked:
         assert not asked.requested()
         os.kill(os.getpid(), number)
-        assert waited(asked.flag.exists)
+        assert waited(asked.flag)
         assert asked.requested()
         assert waited(lambda: bool(said))
     assert said == [
         "asked to end: waiting up to 60 s for distill tiny (step 3/9), evaluate tiny; a second Ctrl-C ends at once"
     ]
-    assert not asked.flag.exists()
+    assert not asked.flag()
     assert signal.getsignal(number) is before
 
 
@@ -53,7 +56,7 @@ def test_the_second_signal_ends_at_once(tmp_path: Path):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(30)
     assert time.monotonic() - begun < 10
-    assert not asked.flag.exists()
+    assert not asked.flag()
 
 
 def test_the_run_ends_when_the_time_is_over_and_without_any_at_the_first_signal(tmp_path: Path):
@@ -74,7 +77,7 @@ def test_a_store_that_cannot_be_written_ends_the_run_at_once(tmp_path: Path, cap
 def test_a_run_that_ends_in_time_is_not_killed_afterwards(tmp_path: Path):
     with interruption(tmp_path, grace_s=0.1) as asked:
         os.kill(os.getpid(), signal.SIGINT)
-        assert waited(asked.flag.exists)
+        assert waited(asked.flag)
     time.sleep(0.2)
     assert not [thread for thread in threading.enumerate() if thread.name == "grace period"]
 

@@ -367,7 +367,7 @@ def test_a_store_that_cannot_be_written_and_one_that_is_a_url_are_users_mistakes
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written .*--store or \$OVERFILL_STORE"):
         run_graph([toy()], Store(tmp_path / "file"))
-    with pytest.raises(UserError, match="a store is a folder that every node sees"):
+    with pytest.raises(UserError, match="a URL is opened with"):
         Store("s3://bucket/runs")
 
 

@@ -9,8 +9,9 @@ import pytest
 from synthetic_store import toy_cells
 
 from pipeline.config import AshaConfig
+from pipeline.stop import STOP_FILE
 from pipeline.store import Store
-from pipeline.tune import RUNG_METRIC, STOP_FILE, CooperativeAsha, request_stop
+from pipeline.tune import RUNG_METRIC, CooperativeAsha, request_stop
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from overfill.errors import UserError
 from pipeline.config import StageResources
 from pipeline.stage import Stopped
 from pipeline.stages.distill import metrics_of
+from pipeline.stop import StopFile
 from pipeline.submission.fitting import NodeShape, check_workers
 from pipeline.training.launch import _forward_stop
-from pipeline.training.resources import StopFile
 
 
 def test_workers_that_the_cluster_could_hold_when_idle_are_accepted() -> None:
@@ -40,7 +40,7 @@ def test_workers_that_can_never_start_are_refused_with_the_field_to_change(
 def test_a_request_to_stop_reaches_the_workers_as_a_file(tmp_path: Path) -> None:
     stop = StopFile(tmp_path / "stop")
     assert not stop()
-    with _forward_stop(lambda: True, stop.path):
+    with _forward_stop(lambda: True, stop):
         deadline = time.monotonic() + 10
         while not stop() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -48,7 +48,7 @@ def test_a_request_to_stop_reaches_the_workers_as_a_file(tmp_path: Path) -> None
 
 
 def test_without_a_request_no_file_appears(tmp_path: Path) -> None:
-    with _forward_stop(lambda: False, tmp_path / "stop"):
+    with _forward_stop(lambda: False, StopFile(tmp_path / "stop")):
         pass
     assert not (tmp_path / "stop").exists()
 

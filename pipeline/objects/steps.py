@@ -1,0 +1,100 @@
+"""Step checkpoints on an object store: every rank takes its own files there, the marker follows when all have."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from overfill.errors import UserError
+from pipeline.objects.mirror import Mirror, locked
+from pipeline.objects.site import ObjectSite
+from pipeline.stage import Site
+from pipeline.training.checkpoints import MARKER, StepFolders, mark_complete, step_of, why_incomplete
+
+
+@dataclass(frozen=True)
+class ObjectSteps(StepFolders):
+    """Ranks write in their visit's folder; from there files go to the bucket and are removed."""
+
+    site: ObjectSite
+
+    @classmethod
+    def of(cls, site: Site, root: Path) -> ObjectSteps:
+        """The step checkpoints of the attempt that `site` is of."""
+        assert isinstance(site, ObjectSite)
+        return cls(root, site)
+
+    @property
+    def prefix(self) -> str:
+        """Where they are in the bucket."""
+        return f"{self.site.folder}/progress/{self.root.name}/"
+
+    def sent(self, folder: Path, files: list[Path]) -> None:
+        """This rank has written its files and their manifest: take them to the bucket."""
+        for file in files:
+            self.site.bucket.upload(file, f"{self.prefix}{folder.name}/{file.name}")
+
+    def complete(self, folder: Path, ranks: int, keep: int) -> None:
+        """Every rank has: mark the checkpoint, and remove all but the newest `keep`. Called once."""
+        mark_complete(folder, ranks)
+        self.site.bucket.upload(folder / MARKER, f"{self.prefix}{folder.name}/{MARKER}")
+        there = self._there()
+        marked = sorted((name for name, files in there.items() if MARKER in files), reverse=True)
+        for name in there:
+            if name not in marked[:keep] and name <= marked[0]:
+                # The marker first: what has none is never taken for whole.
+                self.site.bucket.remove([f"{self.prefix}{name}/{MARKER}"])
+                self.site.bucket.remove_below(f"{self.prefix}{name}/")
+
+    def leave(self, folder: Path) -> None:
+        """The checkpoint is marked, and this rank is done with it."""
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self._local(folder.name).parent, ignore_errors=True)  # what all ranks have gone on from
+
+    def newest(self, on_torn: Callable[[str, str], None]) -> str | None:
+        """Name of the newest that is complete; `on_torn` gets the name of each newer one that is not, with why."""
+        for name, files in sorted(self._there().items(), reverse=True):
+            why = self._brought(name) if MARKER in files else f"{MARKER} is missing"
+            if why is None:
+                return name
+            on_torn(name, why)
+        return None
+
+    def open(self, name: str) -> Path:
+        """Folder of a checkpoint on this node, fetched once. Raises UserError when it does not arrive whole."""
+        why = self._brought(name)
+        if why is not None:
+            raise UserError(
+                f"{self.site.bucket.url}/{self.prefix}{name}: this step checkpoint is damaged ({why}); run again"
+            )
+        return self._local(name)
+
+    def _there(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for key in self.site.bucket.list(self.prefix):
+            name, _, file = key.removeprefix(self.prefix).partition("/")
+            if step_of(Path(name)) is not None:
+                found.setdefault(name, set()).add(file)
+        return found
+
+    def _local(self, name: str) -> Path:
+        return Mirror(self.site.bucket).root / ".steps" / self.root.name / name
+
+    def _brought(self, name: str) -> str | None:
+        """Bring a checkpoint to this node, unless it is there; what is wrong with it, None when it is complete."""
+        local = self._local(name)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with locked(local.with_name(f".{name}.lock")):
+            if local.is_dir() and why_incomplete(local) is None:
+                return None
+            shutil.rmtree(local, ignore_errors=True)
+            for key in self.site.bucket.list(f"{self.prefix}{name}/"):
+                path = local / key.removeprefix(f"{self.prefix}{name}/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.site.bucket.download(key, path)
+                except FileNotFoundError:
+                    return f"{path.name} was removed meanwhile"
+            return why_incomplete(local)

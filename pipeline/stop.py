@@ -1,0 +1,46 @@
+"""Asking somebody in another process to end: a flag that is raised in a place that both see. Imports next to nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+STOP_FILE = "stop"
+"""In the progress folder of a stage that shall save its position and end."""
+
+
+class StopFlag(Protocol):
+    """`stop_requested` for processes on any machine; it travels to them."""
+
+    def __call__(self) -> bool:
+        """Whether it is raised."""
+        ...
+
+    def ask(self, why: str = "") -> None:
+        """Raise it."""
+        ...
+
+    def clear(self) -> None:
+        """Take it down, if it is raised."""
+        ...
+
+
+@dataclass(frozen=True)
+class StopFile:
+    """A flag on a file system that everybody sees: whether a file is there."""
+
+    path: Path
+
+    def __call__(self) -> bool:
+        """Whether it is raised."""
+        return self.path.exists()
+
+    def ask(self, why: str = "") -> None:
+        """Raise it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(f"{why}\n" if why else "", encoding="utf-8")
+
+    def clear(self) -> None:
+        """Take it down, if it is raised."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""Step checkpoints on an object store: complete when every rank's files and the marker are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from store_toys import toy
+
+from overfill.errors import UserError
+from pipeline.objects.build import ObjectBuild
+from pipeline.objects.mirror import CACHE_VARIABLE
+from pipeline.objects.steps import ObjectSteps
+from pipeline.objects.store import ObjectStore
+from pipeline.training.checkpoints import MARKER, Position, new_name, read_position, write_manifest, write_position
+
+STAGE = toy("distill", does="steps")
+RANKS = 2
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectBuild]:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    store = ObjectStore(f"file://{tmp_path}/bucket")
+    begun = ObjectBuild.start(store, STAGE, store.facts(STAGE), None)
+    assert isinstance(begun, ObjectBuild)
+    yield begun
+    if not begun.ended:
+        begun.interrupt("the test is over")
+    begun.release()
+
+
+def steps(build: ObjectBuild, node: str) -> ObjectSteps:
+    """As a rank sees them that writes in a folder of its own."""
+    return ObjectSteps.of(build.site, build.progress / node / STAGE.identity)
+
+
+def write(build: ObjectBuild, step: int, ranks: int = RANKS, mark: bool = True, keep: int = 2) -> str:
+    """Every rank writes its part; the first marks."""
+    name = new_name(step)
+    for rank in range(ranks):
+        own = steps(build, f"node-{rank}")
+        folder = own.root / name
+        folder.mkdir(parents=True)
+        (folder / f"rank-{rank:05d}.safetensors").write_bytes(bytes([rank]) * (step + 1))
+        files = [folder / f"rank-{rank:05d}.safetensors"]
+        files += [write_position(folder, Position(step, step * 10))] if rank == 0 else []
+        own.sent(folder, [*files, write_manifest(folder, rank, files)])
+    if mark:
+        steps(build, "node-0").complete(steps(build, "node-0").root / name, RANKS, keep)
+    for rank in range(ranks):
+        steps(build, f"node-{rank}").leave(steps(build, f"node-{rank}").root / name)
+    return name
+
+
+def newest(build: ObjectBuild) -> tuple[str | None, dict[str, str]]:
+    torn: dict[str, str] = {}
+    return steps(build, "another").newest(lambda name, why: torn.update({name: why})), torn
+
+
+def look(build: ObjectBuild) -> tuple[int | None, str]:
+    """What status and plan say once the attempt is over."""
+    if not build.ended:
+        build.interrupt("preempted")
+        build.release()
+    facts = build.store.facts(STAGE, explain=False)
+    return facts.checkpoint, facts.torn
+
+
+def test_the_newest_complete_one_is_found_with_all_ranks_files_and_old_ones_are_gone(build: ObjectBuild):
+    names = [write(build, step) for step in (5, 10, 15)]
+    assert newest(build) == (names[2], {})
+    folder = steps(build, "another").open(names[2])
+    assert read_position(folder).tokens == 150
+    assert (folder / "rank-00001.safetensors").read_bytes() == b"\x01" * 16
+    there = {key.split("/")[4] for key in build.store.bucket.list(f"{build.key}/progress/")}
+    assert there == set(names[1:])
+    assert not list(build.progress.glob("node-*/*/step-*")), "ranks keep nothing on their disks"
+    assert look(build) == (15, "")
+
+
+def test_one_without_its_marker_is_torn_and_the_one_before_is_used(build: ObjectBuild):
+    whole, torn = write(build, 5), write(build, 10, mark=False)
+    assert newest(build) == (whole, {torn: f"{MARKER} is missing"})
+    assert look(build) == (5, f"{torn} ({MARKER} is missing)")
+
+
+@pytest.mark.parametrize(
+    ("content", "why", "seen"),
+    [
+        (b"\x01" * 10 + b"\x02", "rank-00001.safetensors is not what was written (sha256 differs)", False),
+        (b"\x01" * 10, "rank-00001.safetensors has 10 bytes, 11 were written", True),
+        (None, "rank-00001.safetensors is missing", True),
+    ],
+)
+def test_a_damaged_one_is_named_and_skipped(build: ObjectBuild, content: bytes | None, why: str, seen: bool):
+    whole, damaged = write(build, 5), write(build, 10)
+    key = f"{build.key}/progress/{STAGE.identity}/{damaged}/rank-00001.safetensors"
+    if content is None:
+        build.store.bucket.remove([key])
+    else:
+        build.store.bucket.write(key, content)
+    assert newest(build) == (whole, {damaged: why})
+    with pytest.raises(UserError, match="this step checkpoint is damaged"):
+        steps(build, "another").open(damaged)
+    assert look(build) == ((5, f"{damaged} ({why})") if seen else (10, ""))
+
+
+def test_publishing_removes_them_and_keeps_the_curve(build: ObjectBuild):
+    write(build, 5)
+    build.store.bucket.write(f"{build.key}/progress/metrics/0001-0000-aa-000000.jsonl", b"{}\n")
+    build.publish({})
+    left = [key.removeprefix(f"{build.key}/") for key in build.store.bucket.list(f"{build.key}/progress/")]
+    assert left == ["progress/metrics/0001-0000-aa-000000.jsonl"]
