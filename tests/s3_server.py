@@ -1,9 +1,11 @@
 """A real S3 protocol server on loopback: moto's, with its own memory, in this process or in one of its own.
 
     with s3_server() as server:
-        monkeypatch.setenv(...)  for name, value in server.environment.items(), or handed to a subprocess
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
         Bucket(server.url("bucket"))
 
+`s3_process` is the same; `environment` may be handed to subprocesses of either.
 Requests are answered one at a time: moto looks whether an object is there and then writes it, without a lock."""
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ class Bucket:
         library = _LIBRARIES.get(self._scheme)
         if library and find_spec(library) is None:
             raise UserError(f"{url}: {library} is not installed; run: pip install 'overfill[{self._scheme}]'")
-        self._connected: tuple[int, Objects] | None = None
+        self._connections: dict[int, Objects] = {}
+        """By process: a parent's do not outlive a fork, and to drop them there would write to the parent's sockets."""
 
     def __reduce__(self) -> tuple[type[Bucket], tuple[str]]:
         return Bucket, (self.url,)
@@ -150,11 +151,10 @@ class Bucket:
 
     @property
     def _objects(self) -> Objects:
-        """One connection per process: those of a parent do not outlive a fork. Two threads may make one each at first."""
-        connected = self._connected
-        if connected is None or connected[0] != os.getpid():
-            self._connected = connected = (os.getpid(), self._connect())
-        return connected[1]
+        process = os.getpid()
+        if process not in self._connections:
+            self._connections.setdefault(process, self._connect())  # of two threads the first one's is kept
+        return self._connections[process]
 
     def _connect(self, quick: bool = False) -> Objects:
         if self._scheme == "file":

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientError
-from gcsfs.core import GCSFileSystem  # pyright: ignore[reportMissingImports] (an extra)
-from gcsfs.retry import HttpError, NonRetryableError  # pyright: ignore[reportMissingImports]
+from gcsfs.core import GCSFileSystem
+from gcsfs.retry import HttpError, NonRetryableError
 from google.auth.exceptions import GoogleAuthError
 from requests import RequestException
 
@@ -23,7 +23,7 @@ from pipeline.objects import remote
 from pipeline.objects.protocol import Conflict, Entry
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of every error that it raises
-_CHECK_S = 15.0
+_CHECK_S = 5.0
 """For the request that checks a place; gcsfs's own six tries take half a minute."""
 _CONFLICT, _TOO_MANY = 409, 429
 
@@ -41,7 +41,11 @@ class GS(remote.Remote):
 
     def check(self) -> None:
         """One listing of one object."""
-        self._fs.call("GET", "b/{}/o", self._bucket, prefix=self._prefix, maxResults=1, json_out=True, timeout=_CHECK_S)
+        question = {"prefix": self._prefix, "maxResults": 1}
+        try:
+            self._fs.call("GET", "b/{}/o", self._bucket, json_out=True, timeout=_CHECK_S, **question)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {_CHECK_S:.0f} s") from None
 
     def advice(self, error: Exception) -> str:
         """In the words of Google's tools."""

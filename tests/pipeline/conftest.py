@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from gs_server import GSServer, gs_server
 from s3_server import S3Server, s3_server
 
 
@@ -22,3 +24,13 @@ def on_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3.url(f"test-{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def gs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[GSServer]:
+    """A server of Google's protocol, empty; the environment is the server's."""
+    with gs_server() as server:
+        for name, value in {**server.environment, "HOME": str(tmp_path)}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+        yield server

@@ -1,4 +1,5 @@
-"""Objects below a URL: the same promises for a folder, for memory, and for a real S3 protocol server."""
+"""Objects below a URL: the same promises for a folder, for memory, for a real S3 protocol server, and for
+our own of Google's."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from s3_server import s3_process
 
 from overfill.errors import UserError
 from pipeline.objects import remote
@@ -18,13 +20,16 @@ ODD = ("a b", "a+b", "100%25", "häuser/ß 漢字", "[x]*?", "a#b&c=d", "quote'\
 """Keys that somebody's URL quoting, pattern or file system might take for others."""
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
+@pytest.fixture(params=["file", "memory", "s3", "gs"])
 def bucket(request, tmp_path) -> Bucket:
     """An empty place of every kind."""
     if request.param == "file":
         return Bucket(f"file://{tmp_path}/objects")
     if request.param == "memory":
         return Bucket(f"memory://{uuid.uuid4().hex}/")
+    if request.param == "gs":
+        request.getfixturevalue("gs")
+        return Bucket("gs://bucket/some where/below/")
     return Bucket(f"{request.getfixturevalue('on_s3')}/some where/below/")
 
 
@@ -147,3 +152,12 @@ def test_what_is_no_url_is_refused(url, reason):
     with pytest.raises(UserError, match=reason) as caught:
         Bucket(url)
     assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_server_in_a_process_of_its_own(monkeypatch):
+    with s3_process() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        bucket = Bucket(server.url("bucket"))
+        bucket.write("a", b"1")
+        assert bucket.names() == ["a"]

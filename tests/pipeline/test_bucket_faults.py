@@ -278,6 +278,8 @@ def test_a_server_that_is_not_there(on_s3, monkeypatch):
 
 
 def test_a_password_in_the_endpoint_is_not_shown(on_s3, monkeypatch):
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    monkeypatch.setattr(remote, "QUICK_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://someone:s3cret@127.0.0.1:9/a b")
     assert "s3cret" not in refusal(on_s3)
     with pytest.raises(OSError, match=on_s3) as caught:
@@ -298,6 +300,24 @@ def test_access_denied(scripted, monkeypatch):
     scripted.answers = [(403, "SignatureDoesNotMatch")]
     message = refusal("s3://bucket/x")
     assert "*** of it; check AWS_ACCESS_KEY_ID" in message and "because" not in message
+
+
+def test_google_s_answers(gs, monkeypatch):
+    assert "create the bucket, or correct its name" in refusal("gs://missing/x")
+    lost: list[bytes] = []
+
+    def rule(first: bytes) -> Cut:
+        if not first.startswith(b"POST") or lost:
+            return Cut()
+        lost.append(first)
+        return Cut(answer=0)
+
+    with proxy(gs.server_address[1], rule) as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        assert Bucket("gs://bucket").create("lease", b"my token") and len(lost) == 1
+    monkeypatch.setattr("pipeline.objects.gs._CHECK_S", 1.0)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    assert "no answer within 1 s; Google cannot be reached" in refusal("gs://bucket/x")
 
 
 def test_a_folder_that_cannot_be_one(tmp_path):
