@@ -2,10 +2,11 @@
 
 TTFT is the time from the prompt to the first token, TPOT the time per token after it; both are reported apart, because
 OverFill's first token costs what the full model's does and its others what the student's do (arXiv 2508.08446,
-section 5). The systems alternate within every repetition, and after each one memory is read (`overfill.bound`), so that
-a machine that slows down slows all of them and their bound too; medians are taken. Prompts are random tokens unless
-some are given, and nothing ends early: latency depends on shapes, not on what is said, except where the student's text
-is judged (`exact`, `transformers-assisted`, a refresh by entropy).
+section 5). The systems alternate within every repetition, so that a machine that slows down slows all of them; medians
+are taken. After each timed generation comes a short one in which memory is read between the tokens (`overfill.bound`):
+the share of the bound is taken within it. Prompts are random tokens unless some are given, and nothing ends early:
+latency depends on shapes, not on what is said, except where the student's text is judged (`exact`,
+`transformers-assisted`, a refresh by entropy).
 
 Letters: B batch, P prompt, N new tokens.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from overfill.bound import MemoryReader, wait
+from overfill.bound import MemoryReader, PairingClock, wait
 from overfill.checkpoint import load_full_model, load_student
 from overfill.dial import NONE
 from overfill.errors import UserError
@@ -33,6 +34,9 @@ from overfill.memory import peak_growth
 from overfill.systems import System, make_systems
 from overfill.workload import EXACT, FULL, OVERFILL, PLAIN_FULL, REFRESH, STUDENT, Point, grid
 
+PAIRED = 9
+"""Tokens of the generation in which memory is read between them, eight steps: as long as a refresh wants where there is
+one, else no longer than this."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Row = dict[str, Any]
 
@@ -49,6 +53,18 @@ class Timing:
     """From the prompt to the last token."""
     acceptance_rate: float | None = None
     """Share of drafted tokens that were accepted, where the system says."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Steps of one generation beside reads of as many bytes."""
+
+    size: int
+    """Bytes."""
+    step: float
+    """Mean seconds of a step."""
+    read: float
+    """Mean seconds of the reads before and after each."""
 
 
 class TokenClock(BaseStreamer):
@@ -170,31 +186,32 @@ def measure_point(
     `ttft_spread_s, tpot_spread_s` ([lowest, highest]); `tokens_per_s` (new tokens of all rows over the whole time);
     `peak_bytes` (weights that the system holds and what it allocated beside them; null where nobody counts),
     `weight_bytes` (parameters; what a compiled decoder packs again is not counted); `bytes_per_token` (what a decode
-    step must read) and `bound_s` (the time to read that, measured between the generations), both null where a step has
-    no fixed number; `bound_share` (`bound_s / tpot_s`); `speed_up` (TPOT of `transformers-full` over the system's; null
-    where that was not measured); `compile_s` (spent while this system ran at this point); `acceptance_rate`.
+    step must read); `bound_s` (the time to read as many), `bound_share` (that over the time of the steps beside which
+    it was read), `bound_share_spread`, and the bytes per second that the two came to, `bound_bytes_per_s` and
+    `step_bytes_per_s`, all null where a step has no fixed number, or tokens come all at once; `speed_up` (TPOT of
+    `transformers-full` over the system's; null where that was not measured); `compile_s` (spent while this system ran
+    at this point); `acceptance_rate`.
     """
     vocabulary = min(model.config.vocab_size for system in systems for model in system.models)
     ids = prompts_of(point, vocabulary, texts)
     timings: dict[str, list[Timing]] = {system.name: [] for system in systems}
-    bounds: dict[str, list[float]] = {system.name: [] for system in systems}
+    pairings: dict[str, list[Pairing]] = {system.name: [] for system in systems}
     compiled = {system.name: 0.0 for system in systems}
     for repetition in range(warmup + repeats):
         for system in systems:
             before = system.compile_seconds
             timing = time_generation(system, ids, point.output)
             compiled[system.name] += system.compile_seconds - before
-            size = system.step_bytes(point)
-            bound = None if size is None else reader.seconds(size)
             if repetition >= warmup:
                 timings[system.name].append(timing)
-                bounds[system.name] += [] if bound is None else [bound]
+                pairing = pair_with_reads(system, ids, point, reader)
+                pairings[system.name] += [] if pairing is None else [pairing]
     rows = [
         {
             **_conditions(system, point, repeats),
             **_times(timings[system.name], point),
             **_memory(system, ids, point),
-            **_bound(system, point, timings[system.name], bounds[system.name]),
+            **_bound(system, point, pairings[system.name]),
             "compile_s": compiled[system.name],
         }
         for system in systems
@@ -231,6 +248,19 @@ def time_generation(system: System, prompt_ids: Tensor, output: int) -> Timing:
     return clock.timing(start, output, getattr(result, "acceptance_rate", None))
 
 
+@torch.no_grad()
+def pair_with_reads(system: System, prompt_ids: Tensor, point: Point, reader: MemoryReader) -> Pairing | None:
+    """Decode steps after `prompt_ids` [B, P], each between two reads of what it must read; None where that has no fixed
+    number, or where all tokens come at once."""
+    short = point if system.name == REFRESH else replace(point, output=min(point.output, PAIRED))
+    size = system.step_bytes(short)
+    if size is None:
+        return None
+    clock = PairingClock(system.device, lambda: reader.seconds(size))
+    system.generate(prompt_ids.to(system.device), short.output, clock)
+    return Pairing(size, *clock.means()) if clock.steps else None
+
+
 def _conditions(system: System, point: Point, repeats: int) -> Row:
     return {
         "system": system.name,
@@ -265,12 +295,15 @@ def _memory(system: System, ids: Tensor, point: Point) -> Row:
     return {"peak_bytes": None if growth is None else weights + growth, "weight_bytes": weights}
 
 
-def _bound(system: System, point: Point, timings: Sequence[Timing], bounds: Sequence[float]) -> Row:
-    bound = median(bounds) if bounds else None
+def _bound(system: System, point: Point, pairings: Sequence[Pairing]) -> Row:
+    shares = [pairing.read / pairing.step for pairing in pairings]
     return {
         "bytes_per_token": system.step_bytes(point),
-        "bound_s": bound,
-        "bound_share": _ratio(bound, median(t.tpot for t in timings)),
+        "bound_s": median(pairing.read for pairing in pairings) if pairings else None,
+        "bound_share": median(shares) if pairings else None,
+        "bound_share_spread": [min(shares), max(shares)] if pairings else None,
+        "bound_bytes_per_s": median(pairing.size / pairing.read for pairing in pairings) if pairings else None,
+        "step_bytes_per_s": median(pairing.size / pairing.step for pairing in pairings) if pairings else None,
     }
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from overfill import kernels
+from overfill import huge_pages, kernels
 from overfill.attention import NAME, ON_CPU, column_masks, our_attention
 from overfill.errors import UserError
 from overfill.fast_linear import WEIGHTS, fast_twin
@@ -74,6 +74,8 @@ class Reader:
         decoder: `eager` or `compiled`.
         weights: `stored`, or `int8` (on a CPU): see `overfill.fast_linear`.
 
+    Compiled or rounded on a CPU, the model's weights move to another place in memory (`overfill.huge_pages`).
+
     Raises:
         UserError: these weights are not possible here, or kernels cannot be built.
     """
@@ -92,6 +94,8 @@ class Reader:
         fast = on_cpu and (decoder == "compiled" or weights == "int8")
         self.source = model
         self.model = fast_twin(model, weights) if fast else model
+        if fast:
+            huge_pages.move(self.model)  # the weights that are stored are the model's own: it is moved, too
         self.attention = ON_CPU if on_cpu and decoder == "compiled" else NAME
         self.compile_seconds += time.perf_counter() - before
 

@@ -38,7 +38,7 @@ def write_roofline(rows: Sequence[Row], path: Path) -> Path:
 
 def bandwidth(rows: Sequence[Row]) -> float | None:
     """Bytes per second that were measured beside the systems, the median; None where no step had a bound."""
-    speeds = [row["bytes_per_token"] / row["bound_s"] for row in rows if row["bound_s"]]
+    speeds = [row["bound_bytes_per_s"] for row in rows if row["bound_bytes_per_s"]]
     return median(speeds) if speeds else None
 
 
@@ -46,7 +46,7 @@ def roofline_figure(rows: Sequence[Row]) -> Figure:
     """Steps per second (1 / TPOT: tokens per second of one row) over bytes per step, both logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as NewFigure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
     figure = NewFigure(figsize=(6.8, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -63,8 +63,11 @@ def roofline_figure(rows: Sequence[Row]) -> Figure:
             continue
         marker = MARKERS[points.index(_point(row)) % len(MARKERS)]
         axes.plot(row["bytes_per_token"], 1 / row["tpot_s"], marker=marker, color=colour, markersize=8, zorder=3)
-    axes.xaxis.set_major_formatter(EngFormatter("B"))
-    axes.xaxis.set_minor_formatter(EngFormatter("B"))
+    for axis, form in ((axes.xaxis, EngFormatter("B")), (axes.yaxis, StrMethodFormatter("{x:g}"))):
+        # 1, 2 and 5 of every decade: the labels of all nine would run into one another.
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(form)
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bytes that a decode step must read")
     axes.set_ylabel("tokens per second and row (1 / TPOT)")
     _legend(figure, timed, points)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,8 +16,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from overfill import benchmark
-from overfill.benchmark import TokenClock, measure_grid, measure_point, measure_systems, time_generation
-from overfill.bound import MemoryReader
+from overfill.benchmark import (
+    PAIRED,
+    TokenClock,
+    measure_grid,
+    measure_point,
+    measure_systems,
+    pair_with_reads,
+    time_generation,
+)
+from overfill.bound import MemoryReader, PairingClock
 from overfill.checkpoint import FullModel, Manifest, save_student
 from overfill.errors import UserError
 from overfill.memory import peak_growth
@@ -29,7 +38,8 @@ POINT = Point(batch=2, prompt=6, output=9, dtype="fp32")
 FIELDS = {
     *("system", "batch", "prompt", "output", "dtype", "device", "threads", "decoder", "repeats"),
     *("ttft_s", "tpot_s", "tokens_per_s", "ttft_spread_s", "tpot_spread_s", "peak_bytes", "weight_bytes"),
-    *("bytes_per_token", "bound_s", "bound_share", "speed_up", "compile_s", "acceptance_rate"),
+    *("bytes_per_token", "bound_s", "bound_share", "bound_share_spread", "bound_bytes_per_s", "step_bytes_per_s"),
+    *("speed_up", "compile_s", "acceptance_rate"),
 }
 
 
@@ -132,30 +142,62 @@ def test_an_answer_of_another_length_is_no_measurement(clock, models, output):
         time_generation(system, torch.ones(2, 6, dtype=torch.long), output)
 
 
-def test_systems_take_turns_and_memory_is_read_after_each(clock, models):
+def test_systems_take_turns_and_memory_is_read_between_the_tokens_of_another_generation(clock, models):
     log: list[str] = []
     a = fake("full", models[0], ticking(clock, [1.0] * 9, 0.1, log, "a"), size=700)
     b = fake("student", models[1], ticking(clock, [1.0] * 9, 0.1, log, "b"), size=300)
     c = fake("exact", models[1], ticking(clock, [1.0] * 9, 0.1, log, "c"), size=None)
-    measure_point([a, b, c], POINT, 2, 1, FakeReader(log))
-    assert log == ["a", "read 700", "b", "read 300", "c"] * 3 + ["a", "b", "c"], "the last three measure memory"
+    measure_point([a, b, c], Point(2, 6, 3, "fp32"), 2, 1, FakeReader(log))
+    measured = ["a", "a", *["read 700"] * 3, "b", "b", *["read 300"] * 3, "c"]
+    assert log == ["a", "b", "c", *measured, *measured, "a", "b", "c"], "the last three measure memory"
 
 
 def test_rows_are_medians_of_what_comes_after_the_warm_up(clock, models):
-    full = fake("full", models[0], ticking(clock, [99.0, 1.0, 5.0, 2.0], 0.5), size=250_000)
+    full = fake("full", models[0], ticking(clock, [99.0, 1.0, 7.0, 5.0, 7.0, 2.0, 7.0], 0.5), size=250_000)
     baseline = fake("transformers-full", models[0], ticking(clock, [9.0] * 4, 0.75), size=None)
     row, other = measure_point([full, baseline], POINT, 3, 1, FakeReader([]))
     assert row["ttft_s"] == 2.0 and row["ttft_spread_s"] == [1.0, 5.0]
     assert row["tpot_s"] == 0.5 and row["tpot_spread_s"] == [0.5, 0.5]
     assert row["tokens_per_s"] == 2 * 9 / (2.0 + 8 * 0.5)
-    assert row["bytes_per_token"] == 250_000 and row["bound_s"] == 0.25 and row["bound_share"] == 0.5
+    assert row["bytes_per_token"] == 250_000 and row["bound_s"] == 0.25
+    assert row["bound_share"] == 0.5 and row["bound_share_spread"] == [0.5, 0.5]
+    assert row["bound_bytes_per_s"] == 1e6 and row["step_bytes_per_s"] == 5e5
     assert row["speed_up"] == 1.5 and other["speed_up"] == 1.0
     assert other["bytes_per_token"] is None and other["bound_s"] is None and other["bound_share"] is None
     assert row["weight_bytes"] == sum(p.numel() * 4 for p in models[0].parameters())
 
 
+def test_a_machine_that_changes_its_speed_leaves_the_share_of_the_bound_as_it_is(clock, models):
+    speeds = [1.0, 1.0, 0.5, 0.5, 2.0, 2.0]
+
+    def read() -> float:
+        clock.now += 100.0  # what is read is not a step's time
+        return 0.3 / speeds[len(pairs.reads)]
+
+    pairs = PairingClock(CPU, read)
+    pairs.put(torch.zeros(1, 6))
+    clock.now += 7.0  # the prompt's
+    pairs.put(torch.zeros(1))
+    for before, after in pairwise(speeds):
+        clock.now += 0.4 * (1 / before + 1 / after) / 2
+        pairs.put(torch.zeros(1))
+    step, beside = pairs.means()
+    assert beside / step == pytest.approx(0.75)
+    assert step == pytest.approx(0.4 * (1 + 1.5 + 2 + 1.25 + 0.5) / 5)
+
+
+def test_a_refresh_is_paired_over_the_whole_output_and_others_over_a_few_tokens(clock, models):
+    log: list[str] = []
+    point = Point(1, 6, 30, "fp32")
+    for name, reads in (("overfill-refresh", 30), ("overfill", PAIRED)):
+        system = fake(name, models[0], ticking(clock, [1.0] * 9, 0.1), size=8)
+        log.clear()
+        assert pair_with_reads(system, torch.ones(1, 6, dtype=torch.long), point, FakeReader(log)).size == 8
+        assert len(log) == reads
+
+
 def test_without_the_baseline_there_is_no_speed_up(clock, models):
-    (row,) = measure_point([fake("full", models[0], ticking(clock, [1.0], 0.5))], POINT, 1, 0, FakeReader([]))
+    (row,) = measure_point([fake("full", models[0], ticking(clock, [1.0] * 2, 0.5))], POINT, 1, 0, FakeReader([]))
     assert row["speed_up"] is None
 
 
@@ -182,7 +224,8 @@ def test_compiling_is_counted_for_the_system_that_it_happened_in(clock, models):
     assert measure_point([first], POINT, 1, 0, FakeReader([]))[0]["compile_s"] == 0.0, "the shape is known by now"
 
 
-def test_a_system_sits_out_where_it_does_not_fit(clock, models):
+def test_a_system_sits_out_where_it_does_not_fit(clock, models, monkeypatch):
+    monkeypatch.setattr(benchmark, "MemoryReader", lambda size, device: FakeReader([]))
     picky = fake(
         "transformers-assisted",
         models[0],
@@ -219,7 +262,9 @@ def test_every_system_gives_a_row_with_every_field(measured, models):
         point = Point(row["batch"], row["prompt"], row["output"], row["dtype"])
         assert row["bytes_per_token"] == step_bytes(row["system"], *shapes, point, 4)
         if row["bytes_per_token"] is not None:
-            assert row["bound_share"] == pytest.approx(row["bound_s"] / row["tpot_s"])
+            low, high = row["bound_share_spread"]
+            assert 0 < low <= row["bound_share"] <= high
+            assert row["bound_s"] > 0 and row["bound_bytes_per_s"] > 0 and row["step_bytes_per_s"] > 0
         weights = {"full": shapes[0].weight_bytes("fp32"), "student": shapes[1].weight_bytes("fp32")}
         assert row["weight_bytes"] == weights.get(row["system"].removeprefix("transformers-"), both)
         assert (row["acceptance_rate"] is not None) == (row["system"] == "exact")
@@ -331,11 +376,11 @@ def test_a_reader_scales_what_is_larger_than_its_buffer(monkeypatch):
     assert reader.buffer.shape == (8, 1024)
     parts: list[int] = []
     monkeypatch.setattr(reader, "_time", lambda kernel, part: (parts.append(part.numel() * 4), 2.0)[1])
-    assert reader.seconds(8 * 4096, tries=2) == 2.0
-    assert reader.seconds(24 * 4096, tries=1) == 6.0
-    assert reader.seconds(2 * 4096 + 2048, tries=1) == 2.5
-    assert reader.seconds(1024, tries=1) == 0.5
-    assert parts == [8 * 4096, 8 * 4096, 8 * 4096, 2 * 4096, 4096]
+    assert reader.seconds(8 * 4096) == 2.0
+    assert reader.seconds(24 * 4096) == 6.0
+    assert reader.seconds(2 * 4096 + 2048) == 2.5
+    assert reader.seconds(1024) == 0.5
+    assert parts == [8 * 4096, 8 * 4096, 2 * 4096, 4096]
 
 
 def test_a_buffer_stops_at_the_cap_and_is_written():

@@ -11,11 +11,11 @@ from pairs import build, config_of
 from torch import nn
 from transformers import AttentionInterface
 
-from overfill import attention, fast_linear, kernels
+from overfill import attention, fast_linear, huge_pages, kernels
 from overfill.engine import Engine
 from overfill.errors import UserError
 from overfill.fast_linear import FastLinear, Int8Linear, fast_twin, weight_bytes
-from overfill.reader import choose_decoder
+from overfill.reader import Reader, choose_decoder
 
 needs_compiler = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
 CPU = torch.device("cpu")
@@ -107,6 +107,19 @@ def test_a_twin_shares_every_weight_that_it_does_not_round_and_leaves_the_model_
     rounded = fast_twin(model, "int8")
     assert sum(isinstance(module, Int8Linear) for module in rounded.modules()) == 7 * 3 - 3 + 1
     assert 0.5 < weight_bytes(rounded) / weight_bytes(model) < 0.75
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", ["stored", "int8"])
+def test_a_compiled_reader_streams_its_weights_from_huge_pages(weights: str) -> None:
+    model = build(config_of("qwen3"), seed=1).to(torch.bfloat16)
+    expected = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    reader = Reader(model, "compiled", weights)
+    assert all(huge_pages.is_inside(tensor) for tensor in (*reader.model.parameters(), *reader.model.buffers()))
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    if weights == "stored":
+        assert all(huge_pages.is_inside(parameter) for parameter in model.parameters()), "shared, not copied"
+    assert not any(map(huge_pages.is_inside, Reader(build(config_of("qwen3"), seed=1), "eager").model.parameters()))
 
 
 def test_a_step_reads_the_head_and_not_the_embedding_unless_they_are_one() -> None:

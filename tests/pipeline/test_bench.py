@@ -48,6 +48,9 @@ def row(system: str = "overfill", **changes: Any) -> dict[str, Any]:
         **{"peak_bytes": 3 * 2**30, "weight_bytes": 2**30, "bytes_per_token": 10**9, "bound_s": 0.04},
         **{
             "bound_share": 0.877,
+            "bound_share_spread": [0.843, 0.9],
+            "bound_bytes_per_s": 25.1e9,
+            "step_bytes_per_s": 22.04e9,
             "compile_s": 0.0,
             "speed_up": 2.345,
             "model": "tiny:0.5",
@@ -203,7 +206,15 @@ def test_help_and_bad_values_need_no_torch():
 
 def test_cells_of_the_table():
     assert len(cells(row())) == len(COLUMNS)
-    assert cells(row()) == ("overfill", "1500 ms", "45.6 ms [4.12, 60.0]", "12.3", "3 GiB", "88%", "2.35x")
+    assert cells(row()) == (
+        "overfill",
+        "1500 ms",
+        "45.6 ms [4.12, 60.0]",
+        "12.3",
+        "3 GiB",
+        "88% [84, 90]",
+        "2.35x",
+    )
     bare = row(peak_bytes=None, bound_share=None, speed_up=None)
     assert cells(bare)[4:] == ("–", "–", "–")
     assert [milliseconds(value) for value in (0.001234, 0.01234, 1.2345)] == ["1.23 ms", "12.3 ms", "1234 ms"]
@@ -224,7 +235,8 @@ def test_notes_say_what_is_not_in_the_table():
     assert "exact: accepted 81% of the drafts" in text
     assert "compiled first: overfill 12.3 s" in text
     assert "overfill-refresh left out: 32 tokens end before the first refresh at 64" in text
-    assert notes([row()], ["overfill"], point, 64) == []
+    assert notes([row()], ["overfill"], point, 64) == ["GB/s of the steps, of reading alone: overfill 22 of 25.1"]
+    assert notes([row(bound_share=None)], ["overfill"], point, 64) == []
 
 
 def test_conditions_are_those_of_our_own_decoders():
@@ -237,17 +249,18 @@ def test_conditions_are_those_of_our_own_decoders():
 
 def test_the_roofline_names_what_was_measured_and_two_runs_agree_to_the_byte(tmp_path):
     rows = [
-        row("full", bytes_per_token=4 * 10**9, bound_s=0.2, tpot_s=0.4),
-        row("overfill", bytes_per_token=10**9, bound_s=0.05, tpot_s=0.08),
-        row("overfill", bytes_per_token=2 * 10**9, bound_s=0.05, tpot_s=0.08, batch=8),
-        row("exact", bytes_per_token=None, bound_s=None, tpot_s=0.1),
-        row("transformers-assisted", bytes_per_token=None, bound_s=None, tpot_s=0.0),
+        row("full", bytes_per_token=4 * 10**9, bound_bytes_per_s=2e10, tpot_s=0.4),
+        row("overfill", bytes_per_token=10**9, bound_bytes_per_s=2e10, tpot_s=0.08),
+        row("overfill", bytes_per_token=2 * 10**9, bound_bytes_per_s=4e10, tpot_s=0.08, batch=8),
+        row("exact", bytes_per_token=None, bound_bytes_per_s=None, tpot_s=0.1),
+        row("transformers-assisted", bytes_per_token=None, bound_bytes_per_s=None, tpot_s=0.0),
     ]
     first, second = (write_roofline(rows, tmp_path / name / "roof.svg") for name in "ab")
     assert first.read_bytes() == second.read_bytes()
     texts = re.findall(r">([^<>]+)</text>", first.read_text())
     assert {"full", "overfill", "exact", "memory, 20 GB/s", "1 x 128 + 32 tokens", "8 x 128 + 32 tokens"} <= set(texts)
     assert "transformers-assisted" not in texts, "it has no time per token"
+    assert [text for text in texts if text.endswith(" GB")] == ["1 GB", "2 GB", "5 GB"], "labels with room between them"
     assert bandwidth(rows) == 2e10
     assert bandwidth(rows[3:]) is None
     assert write_roofline(rows[3:], tmp_path / "levels.png").stat().st_size > 0
