@@ -28,9 +28,8 @@ from pipeline.submission.fitting import NodeShape, check_cluster, check_stage, t
 OBJECT_STORE_BYTES = 512 * 2**20
 """Ray's shared memory on a laptop: token blocks are small, and models travel through files."""
 
-GCS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s", "10"
-"""In a cluster of our own, whose head ends with the driver, what is left of it looks for the head no longer than this;
-Ray's minute is for heads that are started again."""
+ANSWER_S = 15.0
+"""How long a cluster may take to say that it is there."""
 SYSTEM = {"idle_worker_killing_time_threshold_ms": 30_000}
 """Of a cluster of our own: a process that has imported torch serves a stage of the next half minute too. Ray's second is
 shorter than the time between two stages of a cell."""
@@ -108,6 +107,7 @@ def _start(address: str) -> None:
         if address == "local":
             start_local(num_cpus=usable_cpus(), object_store_memory=OBJECT_STORE_BYTES, **options)
         else:
+            _knock(address)
             ray.init(address=address, **options)
     except AuthenticationError as error:
         raise UserError(
@@ -127,13 +127,36 @@ def _start(address: str) -> None:
         ) from error
 
 
+def _knock(address: str) -> None:
+    """Ask the cluster for no more than its id: Ray itself logs a line a second before it says that nobody answers, or that
+    the token is not the cluster's.
+
+    Raises AuthenticationError and ConnectionError, as Ray does."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    from ray.exceptions import AuthenticationError
+
+    head = None if "://" in address else canonicalize_bootstrap_address(address)
+    if head is None:
+        return
+    with init_grpc_channel(head) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=ANSWER_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise AuthenticationError("the token is missing or wrong") from error
+            raise ConnectionError(f"no answer within {ANSWER_S:g} s") from error
+
+
 def start_local(attempts: int = 3, **options: Any) -> None:
     """Start a cluster of our own. Ray gives a node 30 s to come up, which a busy machine may need: then it is tried anew.
 
     Raises UserError when it does not come up at all."""
     import ray
 
-    os.environ.setdefault(*GCS_PATIENCE)
     for attempt in range(1, attempts + 1):
         try:
             ray.init(address="local", include_dashboard=False, _system_config=SYSTEM, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,8 @@ def test_a_refused_token_and_a_cluster_that_is_not_there_are_the_users_to_mend(m
     from ray._private.utils import check_version_info
     from ray.exceptions import AuthenticationError
 
+    monkeypatch.setattr("pipeline.cluster._knock", lambda address: None)
+
     def refuse(error: Exception) -> None:
         def init(**_: object) -> None:
             raise error
@@ -77,3 +80,18 @@ def test_a_refused_token_and_a_cluster_that_is_not_there_are_the_users_to_mend(m
     refuse(ConnectionError("nobody\nthere"))
     with pytest.raises(UserError, match=r"no Ray cluster there \(nobody\)"):
         connected("head:6379").__enter__()
+
+
+def test_where_nobody_answers_one_line_says_so(monkeypatch, capfd):
+    monkeypatch.setattr("pipeline.cluster.ANSWER_S", 0.2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = f"127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(
+        UserError, match=rf"--address {free}: no Ray cluster there \(no answer within 0\.2 s\); leave it out"
+    ):
+        connected(free).__enter__()
+    for address in ("head", "head:port"):
+        with pytest.raises(UserError, match=f"--address {address}: no Ray cluster there"):
+            connected(address).__enter__()
+    assert capfd.readouterr() == ("", "")
