@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -333,11 +333,13 @@ def test_following_ends_with_the_jobs_exit_code_and_ctrl_c_leaves_it_alone(file,
     assert "the job goes on" in capsys.readouterr().err
     assert cluster.jobs[job]["status"] == "RUNNING"
 
-    def last_words(server: object, name: str, write: object, skip: int) -> int:
+    def last_words(server: object, name: str, write: Callable[[str], None], skip: int) -> int:
         cluster.end(job, "FAILED", 3)
-        return skip
+        write("sa")
+        return skip + 2
 
     monkeypatch.setattr("pipeline.submission.job_server.JobServer.tail", last_words)
     with pytest.raises(SystemExit) as end:
         main(command)
     assert end.value.code == 3
+    assert capsys.readouterr().out == "said\n"  # what the connection's end cut off is asked for
