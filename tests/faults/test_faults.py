@@ -31,22 +31,18 @@ def check(place: Place, expected: Result, *injections: Injection) -> None:
     assert not outcome.missed, "a fault that found nothing to hit proves nothing"
 
 
-def test_workers_die_and_a_checkpoint_is_torn_and_a_scheduler_ends_the_run(place, expected):
+def test_workers_drivers_and_the_machine_die_while_another_driver_wants_the_same_and_a_scheduler_ends_the_run(
+    place, expected
+):
     check(
         place,
         expected,
         Injection(BY_NAME["kill -9 of a Ray Data task"], "data"),
         Injection(BY_NAME["kill -9 of a training worker"], "teacher", step=7),
-        Injection(BY_NAME["truncated step checkpoint"], "distill", step=10),
-        Injection(BY_NAME["SIGTERM"], "evaluate", after=1.0),
-    )
-
-
-def test_a_driver_and_then_everything_dies_while_another_driver_wants_the_same(place, expected):
-    check(
-        place,
-        expected,
         Injection(BY_NAME["kill -9 of the driver"], "teacher", step=9),
         Injection(BY_NAME["two drivers at once"], "prune"),
         Injection(BY_NAME["kill -9 of the driver"], "distill", step=6),
+        Injection(BY_NAME["truncated step checkpoint"], "distill", step=10),
+        Injection(BY_NAME["SIGTERM"], "evaluate", after=1.0),
+        Injection(BY_NAME["two drivers at once"], "evaluate"),
     )

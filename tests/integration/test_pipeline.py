@@ -52,6 +52,20 @@ def overfill(*arguments: str, store: Path, code: int = 0) -> subprocess.Complete
     return done
 
 
+def in_this_process(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
+    """What a command prints, without the seconds in which a new process imports what this one has."""
+    from pipeline.cli import main
+
+    capsys.readouterr()
+    try:
+        main([*arguments])
+    except SystemExit as end:
+        assert (end.code or 0) == code
+    else:
+        assert code == 0
+    return capsys.readouterr()
+
+
 def environment() -> dict[str, str]:
     names = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "OVERFILL_STORE")
     kept = {name: value for name, value in os.environ.items() if name not in names}
@@ -232,7 +246,7 @@ def test_mlflow_has_one_parent_and_comparable_children(finished):
     assert steps[-1] == 50
 
 
-def test_mlflow_has_the_corpus_and_answers_with_the_student(finished, monkeypatch):
+def test_mlflow_has_the_corpus_and_answers_with_the_student(finished, monkeypatch, capsys):
     import mlflow
 
     store, _ = finished
@@ -248,23 +262,26 @@ def test_mlflow_has_the_corpus_and_answers_with_the_student(finished, monkeypatc
     answers = model.predict(prompts, params={"max_new_tokens": 5})
     folder = next(store.glob("distill/*overfill*")) / "payload" / "model"
     for prompt, answer in zip(prompts, answers, strict=True):
-        command = [sys.executable, "-m", "pipeline.cli", "generate", str(folder), prompt, "--max-new-tokens", "5"]
-        assert subprocess.check_output(command, text=True, env=environment()).strip() == answer.strip()
+        said, _ = in_this_process(capsys, "generate", str(folder), prompt, "--max-new-tokens", "5")
+        assert said.strip() == answer.strip()
 
 
-def test_a_student_is_registered_once_and_loads_by_its_name(finished, monkeypatch):
+def test_a_student_is_registered_once_and_loads_by_its_name(finished, monkeypatch, capsys):
     import mlflow
 
     store, _ = finished
     label = "small · 0.5 · overfill · seed 0"
     words = ("register", "tiny", "--as", "toy-student", "--cell", label)
-    first, again = (overfill(*words, store=store).stdout for _ in range(2))
+    first = overfill(*words, store=store).stdout
+    place = ("--store", str(store))
+    again, _ = in_this_process(capsys, *words, *place)
     assert first == again == f"{label}: models:/toy-student/1\n"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
     assert len(mlflow.pyfunc.load_model("models:/toy-student/1").predict(["sort: dbca"])) == 1
-    full = overfill("register", "tiny", "--cell", "small · full", store=store, code=2)
-    assert full.stderr.startswith("overfill: small · full: no student was logged with it")
-    assert overfill("register", "tiny", "--cell", "x", store=store, code=2).stderr.count("\n") == 1
+    _, full = in_this_process(capsys, "register", "tiny", "--cell", "small · full", *place, code=2)
+    assert full.startswith("overfill: small · full: no student was logged with it")
+    _, unknown = in_this_process(capsys, "register", "tiny", "--cell", "x", *place, code=2)
+    assert unknown.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -386,27 +403,35 @@ def wait_for(condition, process: subprocess.Popen, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_a_failing_cell_is_told_with_its_reason_and_leaves_the_others_alone(finished):
-    store, _ = finished
-    axes = "sweep.axes={distill.method: [full], benchmark.prompt: [[12], [4000]]}"
-    command = ("run", "tiny.yaml", "--set", "name=broken", "--set", axes, "--set", "released=")
-    done = overfill(*command, store=store, code=1)
-    assert "benchmark: prompt + output is 4006 tokens, the models have" in " ".join(done.stderr.split())
-    rows = json.loads(overfill("report", "broken", "--json", store=store).stdout)
-    assert [row["state"] for row in rows] == ["done", "unfinished"]
-    assert "failed" in overfill("status", "broken", store=store).stdout
-
-
-def test_tasks_are_shared_out_among_workers_and_every_sample_is_kept(finished, tmp_path):
-    import pyarrow.parquet as parquet
+@pytest.fixture(scope="module")
+def asked(finished, tmp_path_factory) -> tuple[Path, tuple[str, ...], subprocess.CompletedProcess[str]]:
+    """The store after a run with tasks, in which every other cell's prompt is too long; the command without those, and
+    what it printed."""
     from harness_toys import write_tasks
 
     store, _ = finished
-    asked = "tasks: [toy_get, choose], task_samples: 4, samples: 40, max_new_tokens: 12"
-    command = ("tiny.yaml", "--set", "name=asked", "--set", "sweep.axes={distill.method: [full, overfill]}")
-    command += ("--set", "released=", "--set", f"evaluate={{{asked}, task_path: {write_tasks(tmp_path)}}}")
+    tasks = "tasks: [toy_get, choose], task_samples: 4, samples: 40, max_new_tokens: 12"
+    command = ("tiny.yaml", "--set", "name=asked", "--set", "released=")
+    command += ("--set", f"evaluate={{{tasks}, task_path: {write_tasks(tmp_path_factory.mktemp('tasks'))}}}")
     command += ("--set", "resources.tasks={workers: 2, micro_batch: 1, cpus_per_worker: 0.5}")
-    overfill("run", *command, store=store)
+    axes = "distill.method: [full, overfill]"
+    prompts = ("--set", f"sweep.axes={{{axes}, benchmark.prompt: [[16], [4000]]}}")
+    printed = overfill("run", *command, *prompts, store=store, code=1)
+    return store, (*command, "--set", f"sweep.axes={{{axes}}}"), printed
+
+
+def test_a_failing_cell_is_told_with_its_reason_and_leaves_the_others_alone(asked):
+    store, _, printed = asked
+    assert "benchmark: prompt + output is 4006 tokens, the models have" in " ".join(printed.stderr.split())
+    rows = json.loads(overfill("report", "asked", "--json", store=store).stdout)
+    assert [row["state"] for row in rows] == ["done", "unfinished", "done", "unfinished"]
+    assert "failed" in overfill("status", "asked", store=store).stdout
+
+
+def test_tasks_are_shared_out_among_workers_and_every_sample_is_kept(asked):
+    import pyarrow.parquet as parquet
+
+    store, command, _ = asked
     found = records(store, "tasks")
     assert {record["label"] for record in found.values()} == {"small", "small-0.5-overfill-s0"}
     for record in found.values():
