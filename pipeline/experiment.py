@@ -112,6 +112,13 @@ def known_experiment(store: Store, name: str | None) -> Experiment:
 def planned(experiment: Experiment, store: Store, explain: bool = True, continue_stopped: bool = False) -> list[Action]:
     """What running the experiment would do: make the results, and anew what was altered on the way to them."""
     stages = {stage.identity: stage for cell in experiment.cells for stage in cell.stages}
+    with store.look_once(stages.values()):
+        return _planned(experiment, store, stages, explain, continue_stopped)
+
+
+def _planned(
+    experiment: Experiment, store: Store, stages: dict[str, Stage], explain: bool, continue_stopped: bool
+) -> list[Action]:
     leaves = {leaf.identity: leaf for leaf in experiment.leaves}
     for leaf in leaves.values():
         store.is_altered(leaf, full=True)  # a report reads them, and they are small; the facts below know it then

@@ -27,7 +27,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,9 +62,7 @@ class AlteredArtifact(UserError):
 
 
 class Store:
-    """Artifacts under one folder, which need not exist yet; `verify` reads every byte at the first look, too.
-
-    Raises UserError for a URL, which is an `ObjectStore`'s."""
+    """Artifacts under one folder, which need not exist yet; `verify` reads every byte at the first look, too."""
 
     def __init__(self, root: Path | str, ttl: float = TTL, verify: bool = False) -> None:
         if "://" in str(root):
@@ -115,6 +113,10 @@ class Store:
         """How files come to where an attempt works; None, since every node sees this folder."""
         return None
 
+    def look_once(self, stages: Iterable[Stage]) -> AbstractContextManager[None]:
+        """Around many looks at these stages: a folder is looked at as it is."""
+        return nullcontext()
+
     def stop_flag(self, stage: Stage) -> StopFlag:
         """Raised, it asks a stage that is being built to save its position and end."""
         return StopFile(self.progress(stage) / STOP_FILE)
@@ -124,7 +126,7 @@ class Store:
         return StopFile(self.root / "tune" / f"interrupt-{uuid.uuid4().hex[:12]}")
 
     def bring(self, folder: Path, name: str) -> None:
-        """Before files called `name` in a sweep's own folder are read: nothing to do, since this is where they are."""
+        """Before files called `name` in a sweep's folder are read: nothing to do, since this is where they are."""
 
     def keep(self, path: Path) -> None:
         """After a file of a sweep's own folder was written: nothing to do, since this is where it stays."""
@@ -268,8 +270,7 @@ class Store:
         """Identity -> number of the newest attempt that has ended and said how; 0 for none."""
         found: dict[str, int] = {}
         for stage in stages:
-            attempts = self.folder(stage) / "attempts"
-            newest = newest_attempt(attempts)
+            newest = newest_attempt(attempts := self.folder(stage) / "attempts")
             ended = (attempt_folder(attempts, newest) / OUTCOME_FILE).exists()
             found[stage.identity] = newest if ended else max(newest - 1, 0)
         return found

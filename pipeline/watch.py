@@ -173,9 +173,10 @@ class Watch:
     def snapshot(self) -> Snapshot:
         """The cells now."""
         views: dict[str, StageView] = {}
-        for stage in (stage for cell in self._cells for stage in cell.stages):
-            if stage.identity not in views:
-                views[stage.identity] = self._done.get(stage.identity) or self._look(stage, views)
+        stages = {stage.identity: stage for cell in self._cells for stage in cell.stages}
+        with self._store.look_once(stage for identity, stage in stages.items() if identity not in self._done):
+            for identity, stage in stages.items():
+                views[identity] = self._done.get(identity) or self._look(stage, views)
         return Snapshot(time.time(), tuple(self._cell_view(cell, views) for cell in self._cells))
 
     def curve(self, identity: str) -> Curve | None:

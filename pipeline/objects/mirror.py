@@ -77,7 +77,7 @@ class Mirror:
         self._listings: dict[str, tuple[float, Listing]] = {}
         self._names: dict[str, tuple[float, list[str]]] = {}
         self._seen: dict[str, dict[str, str]] = {}
-        self._held = 0
+        self._held, self._held_since = 0, 0.0
         self._lock = threading.Lock()
 
     # --- looking
@@ -98,7 +98,7 @@ class Mirror:
         return known[1]
 
     def _believed(self, looked: float) -> bool:
-        return self._held > 0 or time.monotonic() - looked < LISTING_S
+        return time.monotonic() - looked < LISTING_S or (self._held > 0 and looked >= self._held_since)
 
     def forget(self, folder: str) -> None:
         """Look again the next time: something was written here."""
@@ -108,6 +108,7 @@ class Mirror:
     @contextmanager
     def one_look(self, kinds: Iterable[str] = ()) -> Iterator[None]:
         """Inside, everything is looked at once; of these kinds all artifacts at once, with few requests."""
+        began = time.monotonic()
         for kind in kinds:
             by_folder: dict[str, dict[str, Entry]] = {}
             for key, entry in self.bucket.list(f"{kind}/").items():
@@ -117,6 +118,7 @@ class Mirror:
             self._names[kind] = (now, sorted(by_folder))
             self._listings |= {f"{kind}/{name}": (now, found) for name, found in by_folder.items()}
         with self._lock:
+            self._held_since = self._held_since if self._held else began
             self._held += 1
         try:
             yield

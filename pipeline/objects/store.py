@@ -23,8 +23,9 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -45,7 +46,7 @@ from pipeline.store import IDENTITY_FILE, AlteredArtifact, Store
 log = logging.getLogger(__name__)
 
 MANY = 8
-"""Stages from which on it is cheaper to list everything at once."""
+"""Stages of a kind from which on it is cheaper to list all of the kind."""
 CLAIMS = ".claims/"
 
 
@@ -208,7 +209,7 @@ class ObjectStore(Store):
     def ended_attempts(self, stages: Iterable[Stage]) -> dict[str, int]:
         """Identity -> number of the newest attempt that has ended and said how; 0 for none."""
         stages = list(stages)
-        with self.mirror.one_look(_kinds_of(stages)):
+        with self.look_once(stages):
             for stage in stages:
                 if (folder := self.find(stage.identity, stage.name)) is not None:
                     self.mirror.refresh(self.key(folder))
@@ -216,8 +217,13 @@ class ObjectStore(Store):
 
     def gather(self, targets: Sequence[Stage], explain: bool = True) -> dict[str, Facts]:
         """Facts of the targets and of what they need, by identity: what `resume.plan` takes."""
-        with self.mirror.one_look(_kinds_of(topological(targets))):
+        with self.look_once(topological(targets)):
             return super().gather(targets, explain)
+
+    def look_once(self, stages: Iterable[Stage]) -> AbstractContextManager[None]:
+        """Around many looks at these stages: kinds of which there are many are listed at once."""
+        kinds = Counter(stage.name for stage in stages)
+        return self.mirror.one_look(sorted(kind for kind, count in kinds.items() if count >= MANY))
 
     # --- what moves
 
@@ -271,10 +277,6 @@ def _note_about(path: Path, record: Record) -> str:
     except (OSError, ValueError):
         return ""
     return str(note.get("problem", "")) if note.get("digest") == record.digest else ""
-
-
-def _kinds_of(stages: Sequence[Stage]) -> list[str]:
-    return sorted({stage.name for stage in stages}) if len(stages) >= MANY else []
 
 
 def _made(path: Path) -> Path:

@@ -52,7 +52,12 @@ HURRY_S = 10.0
 
 def tracking_uri(store_root: Path) -> str:
     """`MLFLOW_TRACKING_URI`, or an SQLite file in the store; absolute, since workers run in other folders."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store_root.absolute()}/mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or default_uri(store_root)
+
+
+def default_uri(store_root: Path) -> str:
+    """An SQLite file in the store, or in this node's copy of it."""
+    return f"sqlite:///{store_root.absolute()}/mlflow.db"
 
 
 def ui_command(store_root: Path, port: int = 5000, host: str = LOOPBACK) -> tuple[list[str], dict[str, str]]:
@@ -166,9 +171,9 @@ class Tracker:
         return True
 
     def _keep_ledger(self) -> None:
-        """Where the next driver finds it, on whatever machine; of a database on this one, it would know nothing there."""
+        """Where the next driver finds it, on whatever machine; a database beside this store's copy is of this one alone."""
         path = self._folder / LEDGER_FILE
-        if path.exists() and not self.uri.startswith("sqlite"):
+        if path.exists() and self.uri != default_uri(self._store.root):
             self._store.keep(path)
 
     def _connect(self) -> MlflowServer:

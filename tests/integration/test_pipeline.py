@@ -451,3 +451,85 @@ def test_tasks_are_shared_out_among_workers_and_every_sample_is_kept(asked):
     without_data = overfill("run", "tiny.yaml", *early, store=store, code=2)
     assert "gsm8k_files reads train.jsonl, which is not in" in without_data.stderr
     assert records(store, "distill") == trained, "nothing is trained for a task that cannot be loaded"
+
+
+def test_on_an_object_store_a_run_is_killed_asked_to_end_and_resumed_on_other_machines(finished, place):
+    """The same cells against a server of the S3 protocol; every driver has a cache of its own, as on another machine."""
+    from s3_server import s3_process
+
+    reference, _ = finished
+    with s3_process() as server:
+        bucket = Remote(server, place / "objects")
+        killed = bucket.driver("killed")
+        wait_for(lambda: bucket.newest_step() >= 3, killed, seconds=300)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.communicate()
+        assert left_after(15, "objects-killed", but="Agent") == []
+        at = bucket.newest_step()
+        asked = bucket.driver("asked")
+        wait_for(lambda: bucket.newest_step() >= at + 3, asked, seconds=300)
+        asked.send_signal(signal.SIGTERM)
+        _, said = asked.communicate(timeout=90)
+        assert asked.returncode == 130, said
+        assert said.splitlines()[-1] == "overfill: interrupted; the same command goes on from here"
+        assert not bucket.store.bucket.list("tune/"), "the request to end is over"
+        resumed = bucket.driver("resumed")
+        said = resumed.communicate(timeout=300)
+        assert resumed.returncode == 0, said
+        name = "model/model.safetensors"
+        (own,) = bucket.records("distill")
+        (unbroken,) = [record for label, record in records(reference, "distill").items() if "overfill" in label]
+        assert own["files"][name] == unbroken["files"][name]
+        assert own["attempt"] == 3
+        assert curve(bucket.store.root) == curve(reference)
+        assert {record["attempt"] for kind in ("data", "teacher", "prune") for record in bucket.records(kind)} == {1}
+        assert set(run_states(bucket.folder).values()) == {"FINISHED"}
+        again = bucket.driver("again")
+        assert "all 2 cells are done already" in again.communicate(timeout=120)[1]
+        assert not [key for key in bucket.store.bucket.list("distill/") if "/step-" in key or "/delivered/" in key]
+
+
+class Remote:
+    """Runs on an object store, and what they leave there."""
+
+    def __init__(self, server, folder: Path) -> None:
+        from pipeline.objects.store import ObjectStore
+
+        self.folder = folder
+        """Of the drivers' caches and MLflow's database."""
+        folder.mkdir()
+        (folder / "tiny.yaml").write_text(EXPERIMENT, encoding="utf-8")
+        self.url = f"{server.url('runs')}/toy"
+        self.environment = environment() | server.environment
+        self.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        with pytest.MonkeyPatch.context() as patched:
+            for name, value in (server.environment | {"OVERFILL_CACHE": str(folder / "here")}).items():
+                patched.setenv(name, value)
+            self.store = ObjectStore(self.url)
+            self.newest_step()  # connects with these credentials
+
+    def driver(self, name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "pipeline.cli", "run", "tiny.yaml", "--store", self.url, "--set", "released="]
+        command += ["--set", "sweep.axes={distill.method: [full, overfill]}"]
+        command += ["--set", "resources.distill.checkpoint_every=1"]
+        marked = {"OVERFILL_TEST": f"{os.getpid()}-objects-{name}", "OVERFILL_CACHE": str(self.folder / name)}
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment | marked,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def newest_step(self) -> int:
+        markers = [key for key in self.store.bucket.list("distill/") if key.endswith("/complete.json")]
+        return max((int(key.split("/step-")[1].split("-")[0]) for key in markers), default=0)
+
+    def records(self, stage: str) -> list[dict]:
+        """Of every artifact of a stage; its copy on this node is brought up to date."""
+        found = []
+        for name in self.store.bucket.names(f"{stage}/"):
+            self.store.mirror.refresh(f"{stage}/{name}")
+            found.append(json.loads(self.store.bucket.read(f"{stage}/{name}/record.json") or b"{}"))
+        return found

@@ -154,6 +154,34 @@ def test_of_many_that_want_to_build_one_does(url: str, tmp_path: Path):
     assert built(journal) == ["teacher", "distill", "evaluate"]
 
 
+def test_who_waits_sees_what_another_has_finished(store: ObjectStore, url: str, tmp_path: Path):
+    build = begin(store, toy())
+    found: dict[str, Any] = {}
+    waits: list[str] = []
+    told = context(tmp_path / "journal", on_wait=lambda stage, action: waits.append(action.reason))
+    waiter = threading.Thread(target=lambda: found.update(run_graph([toy()], ObjectStore(url), told)))
+    waiter.start()
+    waited(lambda: bool(waits))
+    deliver(build, "by the first")
+    record = build.publish({})
+    build.release()
+    waiter.join(20)
+    assert found == {toy().identity: record}
+
+
+def test_a_second_driver_on_another_node_leaves_mlflow_to_the_first(
+    store: ObjectStore, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    elsewhere = another_node(url, tmp_path, monkeypatch)
+    first = store.alone(store.root / "sweeps" / "toy")
+    assert first is not None
+    assert elsewhere.alone(elsewhere.root / "sweeps" / "toy") is None
+    first.close()
+    second = elsewhere.alone(elsewhere.root / "sweeps" / "toy")
+    assert second is not None
+    second.close()
+
+
 def test_a_delivery_that_fails_half_way_leaves_no_artifact_and_the_next_attempt_none_of_its_files(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
