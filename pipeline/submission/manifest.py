@@ -20,7 +20,7 @@ from pipeline.config import StageResources
 from pipeline.config_io import dump_yaml
 from pipeline.record import libraries
 from pipeline.submission.fitting import ANYWHERE, HEAD
-from pipeline.submission.submit import Request, Submission, job_environment, prepare
+from pipeline.submission.submit import Request, Submission, is_remote, job_environment, prepare
 
 PACKAGE = "overfill.zip"
 MOUNT = "/etc/overfill"
@@ -43,11 +43,17 @@ def notes(submission: Submission) -> list[str]:
     """What to know before applying it."""
     lines = [
         "kubectl apply --server-side -f THIS   (a package is too large for the annotation of a plain apply)",
-        f"needs: a PersistentVolumeClaim `overfill` that all pods can mount, for {submission.store}",
+        f"needs: {_needed_for(submission.store)}",
     ]
     if submission.variables:
         lines.append(f"needs: a Secret `{SECRET}` with the keys {', '.join(sorted(submission.variables))}")
     return lines
+
+
+def _needed_for(store: str) -> str:
+    if is_remote(store):
+        return f"an image with this package's extra for {store}, and pods that may write there (a service account)"
+    return f"a PersistentVolumeClaim `overfill` that all pods can mount, for {store}"
 
 
 def objects(submission: Submission) -> list[dict[str, Any]]:
@@ -131,7 +137,11 @@ def _pod(submission: Submission, name: str, container: str, cpus: float, gpus: f
             "dependencies; docs/cluster.md has a Dockerfile"
         )
     limits = {"cpu": f"{cpus:g}", "memory": f"{memory}Gi"} | ({"nvidia.com/gpu": f"{gpus:g}"} if gpus else {})
-    mounts = [{"name": "store", "mountPath": submission.store}, {"name": "package", "mountPath": MOUNT}]
+    mounts = [{"name": "package", "mountPath": MOUNT}]
+    volumes: list[dict[str, Any]] = [{"name": "package", "configMap": {"name": name}}]
+    if not is_remote(submission.store):
+        mounts.append({"name": "store", "mountPath": submission.store})
+        volumes.append({"name": "store", "persistentVolumeClaim": {"claimName": "overfill"}})
     secret = [
         {"name": variable, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": variable}}}
         for variable in sorted(submission.variables)
@@ -147,9 +157,6 @@ def _pod(submission: Submission, name: str, container: str, cpus: float, gpus: f
                     "volumeMounts": mounts,
                 }
             ],
-            "volumes": [
-                {"name": "store", "persistentVolumeClaim": {"claimName": "overfill"}},
-                {"name": "package", "configMap": {"name": name}},
-            ],
+            "volumes": volumes,
         }
     }

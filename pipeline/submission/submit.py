@@ -42,6 +42,7 @@ STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 """How long Ray lets a job that is stopped leave everything in order, before it kills it; its default is 3."""
 AFTER_GRACE_S = 30
 """For what follows the stages' own grace period: the last lines to MLflow, and Ray's own end."""
+REMOTE = re.compile(r"(?:s3|gs)://[^/@]+(?:/.*)?\Z")
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,21 @@ def _with_cluster_resources(config: ExperimentConfig, cluster: ClusterFile) -> E
     return validate(ExperimentConfig, {**values, "resources": merged}, where) if merged else config
 
 
+def is_remote(store: str) -> bool:
+    """Whether a store is objects below a URL, which no node mounts."""
+    return REMOTE.match(store) is not None
+
+
 def _store(given: str | None, cluster: ClusterFile | None) -> str:
     store = given or (cluster.settings.store if cluster else None)
     if store is None:
         raise UserError("--store: say where results go on the cluster, or set metadata.overfill.store in cluster.yaml")
-    if not store.startswith("/"):
+    if mask_uri(store) != store:
+        raise UserError(f"--store {mask_uri(store)}: credentials in a URL would reach logs; give them to the nodes")
+    if not store.startswith("/") and not is_remote(store):
         raise UserError(
-            f"--store {mask_uri(store)}: give an absolute path, on storage that every node of the cluster mounts"
+            f"--store {store}: give an absolute path, on storage that every node of the cluster mounts, "
+            "or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
         )
     return store.rstrip("/") or "/"
 

@@ -122,6 +122,14 @@ def test_a_ray_job_has_what_kuberay_requires(submission):
     assert config_map["metadata"]["name"] == name
 
 
+def test_a_ray_job_on_an_object_store_mounts_no_volume_for_it(submission):
+    _, job = objects(replace(submission, store="s3://bucket/runs"))
+    pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert [volume["name"] for volume in pod["volumes"]] == ["package"]
+    assert [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]] == ["/etc/overfill"]
+    assert not any("PersistentVolumeClaim" in note for note in notes(replace(submission, store="s3://bucket/runs")))
+
+
 def test_a_ray_job_has_no_nodes_for_drivers_but_its_own(submission):
     def asked(drivers: str) -> Submission:
         resources = submission.config.resources.model_copy(update={"drivers": drivers})

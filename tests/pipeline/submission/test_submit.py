@@ -141,6 +141,8 @@ def test_the_name_depends_on_what_is_computed_and_where_to(file, cluster):
     assert submit(file, cluster.address, "description=other") == first
     assert submit(file, cluster.address, "seed=7") != first
     assert submit(file, cluster.address, store="/mnt/other") != first
+    objects = submit(file, cluster.address, store="s3://bucket/runs/")
+    assert cluster.jobs[objects]["entrypoint"].endswith("--store s3://bucket/runs")
 
 
 def test_when_two_submit_at_once_one_job_runs(file, cluster, monkeypatch):
@@ -255,6 +257,9 @@ def test_files_and_paths_of_this_machine_are_refused(file, capsys):
     assert "no such file" in refused(capsys, "submit", "nothere.yaml", *store)
     assert "--store" in refused(capsys, "submit", file)
     assert "absolute path" in refused(capsys, "submit", file, "--store", "runs")
+    said = refused(capsys, "submit", file, "--store", "s3://me:secret@bucket/runs")
+    assert "credentials in a URL" in said
+    assert "secret" not in said
     Path("corpus").mkdir()
     common = ("submit", file, *store, "--set", "teacher.pretrain.tokenizer.vocabulary=300", "--set")
     assert "data.path = corpus" in refused(capsys, *common, "data={source: jsonl, path: corpus}")
