@@ -126,6 +126,10 @@ class ObjectSite:
         self.bucket.write(f"{self.delivered}{uuid.uuid4().hex}.json", json.dumps(content).encode())
 
 
+_COURIERS: dict[Path, Courier] = {}
+"""Progress folder of a visit of this process -> its courier."""
+
+
 class Courier:
     """While it is entered, a thread takes metrics and logs to the bucket; it never raises into the work."""
 
@@ -138,11 +142,18 @@ class Courier:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="courier", daemon=True)
 
+    @staticmethod
+    def flush_of(progress: Path) -> None:
+        """Take everything along of the visit of this process that has this progress folder."""
+        _COURIERS[progress].flush()
+
     def __enter__(self) -> Courier:
+        _COURIERS[self._run.progress] = self
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        del _COURIERS[self._run.progress]
         self._end.set()
         self._thread.join()
         try:

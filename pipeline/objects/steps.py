@@ -9,7 +9,7 @@ from pathlib import Path
 
 from overfill.errors import UserError
 from pipeline.objects.mirror import Mirror, locked
-from pipeline.objects.site import ObjectSite
+from pipeline.objects.site import Courier, ObjectSite
 from pipeline.stage import Site
 from pipeline.training.checkpoints import MARKER, StepFolders, mark_complete, step_of, why_incomplete
 
@@ -38,6 +38,7 @@ class ObjectSteps(StepFolders):
 
     def complete(self, folder: Path, ranks: int, keep: int) -> None:
         """Every rank has: mark the checkpoint, and remove all but the newest `keep`. Called once."""
+        Courier.flush_of(self.root.parent)  # who goes on from here does not write the lines before it again
         mark_complete(folder, ranks)
         self.site.bucket.upload(folder / MARKER, f"{self.prefix}{folder.name}/{MARKER}")
         there = self._there()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from store_toys import toy
 from overfill.errors import UserError
 from pipeline.objects.build import ObjectBuild
 from pipeline.objects.mirror import CACHE_VARIABLE
+from pipeline.objects.site import Courier
 from pipeline.objects.steps import ObjectSteps
 from pipeline.objects.store import ObjectStore
+from pipeline.stage import StageRun
 from pipeline.training.checkpoints import MARKER, Position, new_name, read_position, write_manifest, write_position
 
 STAGE = toy("distill", does="steps")
@@ -48,10 +51,21 @@ def write(build: ObjectBuild, step: int, ranks: int = RANKS, mark: bool = True, 
         files += [write_position(folder, Position(step, step * 10))] if rank == 0 else []
         own.sent(folder, [*files, write_manifest(folder, rank, files)])
     if mark:
-        steps(build, "node-0").complete(steps(build, "node-0").root / name, RANKS, keep)
+        first = steps(build, "node-0")
+        run = StageRun(STAGE, {}, build.staging, build.progress / "node-0", build.lease.folder, site=build.site)
+        with Courier(build.site, run):
+            run.log_metrics(step, 20, {"train/loss": 1.0})
+            first.complete(first.root / name, RANKS, keep)
+            assert [line["step"] for line in lines(build)][-1] == step, "the lines before it are there when it is"
     for rank in range(ranks):
         steps(build, f"node-{rank}").leave(steps(build, f"node-{rank}").root / name)
     return name
+
+
+def lines(build: ObjectBuild) -> list[dict[str, int]]:
+    """All lines of metrics in the bucket."""
+    keys = build.store.bucket.list(f"{build.key}/progress/metrics/")
+    return [json.loads(line) for key in keys for line in (build.store.bucket.read(key) or b"").splitlines()]
 
 
 def newest(build: ObjectBuild) -> tuple[str | None, dict[str, str]]:
@@ -74,7 +88,7 @@ def test_the_newest_complete_one_is_found_with_all_ranks_files_and_old_ones_are_
     folder = steps(build, "another").open(names[2])
     assert read_position(folder).tokens == 150
     assert (folder / "rank-00001.safetensors").read_bytes() == b"\x01" * 16
-    there = {key.split("/")[4] for key in build.store.bucket.list(f"{build.key}/progress/")}
+    there = {key.split("/")[4] for key in build.store.bucket.list(f"{build.key}/progress/{STAGE.identity}/")}
     assert there == set(names[1:])
     assert not list(build.progress.glob("node-*/*/step-*")), "ranks keep nothing on their disks"
     assert look(build) == (15, "")
@@ -109,7 +123,7 @@ def test_a_damaged_one_is_named_and_skipped(build: ObjectBuild, content: bytes |
 
 def test_publishing_removes_them_and_keeps_the_curve(build: ObjectBuild):
     write(build, 5)
-    build.store.bucket.write(f"{build.key}/progress/metrics/0001-0000-aa-000000.jsonl", b"{}\n")
     build.publish({})
-    left = [key.removeprefix(f"{build.key}/") for key in build.store.bucket.list(f"{build.key}/progress/")]
-    assert left == ["progress/metrics/0001-0000-aa-000000.jsonl"]
+    left = build.store.bucket.list(f"{build.key}/progress/")
+    assert left
+    assert all("/metrics/" in key for key in left)
