@@ -9,7 +9,7 @@ from overfill.dial import EXACT, dial
 from overfill.errors import UserError
 from pipeline.objects.places import full_model_place, local_place
 from pipeline.stages.folders import model_folder, tokenizer_folder
-from pipeline.store import verify_model
+from pipeline.whole import verify_model
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pipeline.machine import cpu_description, gpu_description
 from pipeline.objects.places import full_model_place, local_place
 from pipeline.record import libraries, source_commit
 from pipeline.stages.folders import model_folder
-from pipeline.store import verify_model
+from pipeline.whole import verify_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

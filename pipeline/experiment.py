@@ -137,6 +137,7 @@ def keep_experiment(experiment: Experiment, store: Store) -> Path:
     """Write the effective experiment into its folder in the store, and return the folder."""
     folder = sweep_folder(store, experiment.name)
     try:
+        store.prepare()
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / EXPERIMENT_FILE, experiment.yaml)
         store.keep(folder / EXPERIMENT_FILE)

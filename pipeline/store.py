@@ -23,7 +23,6 @@ import fcntl
 import heapq
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -31,20 +30,18 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError
-
 from overfill.errors import UserError
 from pipeline import kept
 from pipeline.difference import Nearest, differences
 from pipeline.kept import Kept
 from pipeline.lease import TTL, Sighting, Watch, attempt_folder, newest_attempt
 from pipeline.notes import read_note, text_of
-from pipeline.paths import require_regular
 from pipeline.record import RECORD_FILE, Record, write_json
 from pipeline.resume import Facts, Outcome
 from pipeline.stage import Site, Stage
 from pipeline.status import State, Status
 from pipeline.stop import STOP_FILE, StopFile, StopFlag
+from pipeline.whole import IDENTITY_FILE, AlteredArtifact, checked
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +50,8 @@ _COMPARED = 16
 _TICK_S = 0.1
 """Longer than a tick of the clock that a local file system takes its times from."""
 
-IDENTITY_FILE, OUTCOME_FILE, ATTEMPT_FILE, LOG_FILE = "identity.json", "outcome.json", "attempt.json", "log.txt"
+OUTCOME_FILE, ATTEMPT_FILE, LOG_FILE = "outcome.json", "attempt.json", "log.txt"
 STOPPED_FILE = "stopped.json"
-
-
-class AlteredArtifact(UserError):
-    """An artifact whose files are not those of its record."""
 
 
 class Store:
@@ -112,6 +105,9 @@ class Store:
     def site(self, stage: Stage, attempt: int) -> Site | None:
         """How files come to where an attempt works; None, since every node sees this folder."""
         return None
+
+    def prepare(self) -> None:
+        """Before a run writes here: a folder needs nothing."""
 
     def look_once(self, stages: Iterable[Stage]) -> AbstractContextManager[None]:
         """Around many looks at these stages: a folder is looked at as it is."""
@@ -203,13 +199,13 @@ class Store:
         Raises AlteredArtifact when the artifact is damaged."""
         identity = stage if isinstance(stage, str) else stage.identity
         folder = self.find(identity, "*" if isinstance(stage, str) else stage.name)
-        return None if folder is None else _checked(folder, identity, self._verify)
+        return None if folder is None else checked(folder, identity, self._verify)
 
     def verify(self, stage: Stage | str, full: bool = True) -> Record | None:
         """As `record`, with every file's SHA-256 too."""
         identity = stage if isinstance(stage, str) else stage.identity
         folder = self.find(identity, "*" if isinstance(stage, str) else stage.name)
-        return None if folder is None else _checked(folder, identity, full)
+        return None if folder is None else checked(folder, identity, full)
 
     def ready(self, stage: Stage) -> bool:
         """Whether an input is there and every byte of it is what was written. Raises AlteredArtifact when it is not."""
@@ -356,37 +352,6 @@ class Store:
             if below in ("running", "waiting"):
                 return "waiting", f"waits for: {source.name}"
         return "missing", "nothing yet"
-
-
-def verify_model(folder: Path) -> None:
-    """Raise AlteredArtifact when `folder` lies in an artifact that is not what was written; reads every byte of it."""
-    for payload in (folder.absolute(), *folder.absolute().parents):
-        if payload.name == "payload" and (payload.parent / IDENTITY_FILE).is_file():
-            _checked(payload.parent, payload.parent.name.rpartition("_")[2], full=True)
-
-
-def _checked(folder: Path, identity: str, full: bool) -> Record | None:
-    payload = folder / "payload"
-    if not os.path.lexists(payload):  # a link to nothing is in the way, too
-        return None
-    try:
-        require_regular(payload / RECORD_FILE)
-        record = Record.model_validate_json((payload / RECORD_FILE).read_bytes())
-        problems = record.problems(payload, full)
-        if record.identity != identity:
-            problems.insert(0, f"its record is that of {record.stage} {record.identity}")
-        if not problems:
-            return record
-    except FileNotFoundError as error:
-        problems = [f"{Path(error.filename or payload).name} is missing"]
-    except ValidationError:
-        problems = [f"{RECORD_FILE} is damaged"]
-    except OSError as error:
-        problems = [f"{RECORD_FILE} cannot be read: {error.strerror}"]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    raise AlteredArtifact(
-        f"{folder}: this artifact was altered: {problems[0]}{more}; restore its payload, or run again to build it anew"
-    )
 
 
 def _common(one: str, other: str) -> int:

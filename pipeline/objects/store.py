@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 MANY = 8
 """Stages of a kind from which on it is cheaper to list all of the kind."""
-CLAIMS = ".claims/"
+CLAIMS, PROBE = ".claims/", ".probe"
 
 
 def open_at(location: str | Path, verify: bool = False) -> Store:
@@ -70,6 +70,16 @@ class ObjectStore(Store):
         store = cls(url, verify=verify)
         store.bucket.check()
         return store
+
+    def prepare(self) -> None:
+        """See that writes may be conditional here: everything rests on it. Raises UserError where they are not."""
+        for _ in range(2):
+            created = self.bucket.create(PROBE, uuid.uuid4().hex.encode())
+        if created:
+            raise UserError(
+                f"{self.location}: replaces what is there though it is told not to (If-None-Match: *), so that two drivers "
+                "would build the same; take a service with conditional writes"
+            )
 
     def key(self, folder: Path) -> str:
         """An artifact's folder within the bucket, given its copy's."""

@@ -21,7 +21,8 @@ from pipeline.record import Record, write_text
 from pipeline.resume import Facts, Reuse, plan
 from pipeline.runner import RunContext, StageFailed, run_graph
 from pipeline.stage import External
-from pipeline.store import AlteredArtifact, Store, verify_model
+from pipeline.store import AlteredArtifact, Store
+from pipeline.whole import verify_model
 
 
 @pytest.fixture

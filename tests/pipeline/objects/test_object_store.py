@@ -349,6 +349,21 @@ def test_a_builder_that_dies_is_found_dead_and_its_end_written_down(url: str, tm
     assert not list((store.root / ".work").iterdir()), "folders of the dead are removed"
 
 
+def test_a_service_that_replaces_what_is_there_is_refused_before_anything_runs(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+):
+    store.prepare()
+    store.prepare()
+
+    def replaces(self: Bucket, key: str, data: bytes) -> bool:
+        self.write(key, data)
+        return True
+
+    monkeypatch.setattr(Bucket, "create", replaces)
+    with pytest.raises(UserError, match="take a service with conditional writes"):
+        store.prepare()
+
+
 def test_a_url_that_is_none_and_a_place_that_names_no_artifact_are_users_mistakes(store: ObjectStore, tmp_path: Path):
     with pytest.raises(UserError, match="not a place for objects"):
         open_at("https://example.com/runs")
