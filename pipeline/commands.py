@@ -99,11 +99,13 @@ def print_comparison(
 def print_experiment_status(experiment: Experiment, store: Store, address: str | None, console: Console) -> None:
     """Print where the cells stand, what the drivers saw of the cluster, and with an address what it says itself."""
     from pipeline.progress import print_status
-    from pipeline.utilisation import in_use, read_samples, recorded_line
+    from pipeline.utilisation import FILE, in_use, read_samples, recorded_line
     from pipeline.watch import snapshot
 
     print_status(experiment.name, snapshot(store, experiment.cells), console)
-    lines = [recorded_line(read_samples(sweep_folder(store, experiment.name)), time.time())]
+    folder = sweep_folder(store, experiment.name)
+    store.bring(folder, FILE)
+    lines = [recorded_line(read_samples(folder), time.time())]
     if address is not None:
         from pipeline.submission.job_server import JobServer
 

@@ -156,7 +156,7 @@ def run_missing(
     from pipeline.cluster import check_fits, connected, usage
     from pipeline.progress import Progress
     from pipeline.tracking.tracker import Tracker
-    from pipeline.utilisation import Sampler
+    from pipeline.utilisation import FILE, Sampler
 
     with ExitStack() as stack:
         has = stack.enter_context(connected(address))
@@ -164,7 +164,9 @@ def run_missing(
         _check_tasks(experiment, store, console)
         stack.enter_context(Tracker(store, experiment.config, experiment.cells))
         progress = stack.enter_context(Progress(store, experiment.cells, console))
-        stack.enter_context(Sampler(sweep_folder(store, experiment.name), usage, progress.waiting))
+        folder = sweep_folder(store, experiment.name)
+        store.bring(folder, FILE)
+        stack.enter_context(Sampler(folder, usage, progress.waiting, keep=store.keep))
         interruption = stack.enter_context(_interruption(experiment, store, console))
         outcomes = _accuracy_then_latency(experiment, store, has, interruption, continue_stopped)
         if interruption.requested() and not is_done(experiment, store):

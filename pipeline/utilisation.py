@@ -47,9 +47,16 @@ class Sampler:
     """Writes a sample every few seconds while it is entered; never raises into the run that it looks at."""
 
     def __init__(
-        self, folder: Path, usage: Callable[[], Usage], waiting: Callable[[], int], interval: float = INTERVAL_S
+        self,
+        folder: Path,
+        usage: Callable[[], Usage],
+        waiting: Callable[[], int],
+        interval: float = INTERVAL_S,
+        keep: Callable[[Path], None] | None = None,
     ) -> None:
+        """`keep` is called with the file when it has grown."""
         self._path = folder / FILE
+        self._keep = keep
         self._usage, self._waiting, self._interval = usage, waiting, interval
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="utilisation", daemon=True)
@@ -70,6 +77,8 @@ class Sampler:
                 sample = [round(time.time(), 1), dict(self._usage()), self._waiting()]
                 with self._path.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(sample) + "\n")
+                if self._keep is not None:
+                    self._keep(self._path)
         except Exception:  # what only informs must not take the run with it
             log.warning("the cluster's utilisation is no longer recorded", exc_info=True)
 

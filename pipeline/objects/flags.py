@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 
 from pipeline.objects.bucket import Bucket
+
+log = logging.getLogger(__name__)
 
 LOOK_S = 2.0
 """Least time between two looks: training asks after every step."""
@@ -21,9 +24,12 @@ class ObjectFlag:
     _raised: bool = field(default=False, init=False)
 
     def __call__(self) -> bool:
-        """Whether it was raised when last looked."""
+        """Whether it was raised when last looked; a look that fails ends no training."""
         if not self._raised and time.monotonic() - self._looked >= LOOK_S:
-            self._raised = self.bucket.read(self.key) is not None
+            try:
+                self._raised = self.bucket.read(self.key) is not None
+            except OSError as error:
+                log.warning("whether %s is raised cannot be seen: %s", self.key, error)
             self._looked = time.monotonic()
         return self._raised
 

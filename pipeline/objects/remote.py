@@ -15,8 +15,8 @@ from pipeline.objects.protocol import Entry
 
 T = TypeVar("T")
 
-ATTEMPTS = 4
-"""Of each request, with growing pauses: about 4 s when nobody answers, 15 s at the most."""
+ATTEMPTS = 8
+"""Of each request, with growing pauses, 20 s at the most: a service that is away for half a minute ends no run."""
 QUICK_ATTEMPTS = 2
 """Of the request that checks a place: somebody waits for the answer."""
 BODY_ATTEMPTS = 3

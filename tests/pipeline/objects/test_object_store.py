@@ -316,13 +316,20 @@ def test_a_large_curve_goes_in_segments(store: ObjectStore, monkeypatch: pytest.
     build.release()
 
 
-def test_a_request_to_stop_is_seen_by_whoever_holds_the_flag(store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
+def test_a_request_to_stop_is_seen_by_whoever_holds_the_flag(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setattr("pipeline.objects.flags.LOOK_S", 0.0)
     flag = store.interrupt_flag()
     elsewhere = pickle.loads(pickle.dumps(flag))
     assert not elsewhere()
     flag.ask("Ctrl-C")
     assert elsewhere()
+    unseen = pickle.loads(pickle.dumps(flag))
+    with monkeypatch.context() as away:
+        away.setattr(Bucket, "read", lambda self, key: (tmp_path / "nothing").stat())
+        assert not unseen(), "who cannot look goes on"
+    assert unseen()
     flag.clear()
     assert not pickle.loads(pickle.dumps(flag))()
     assert not store.bucket.list("tune/")
