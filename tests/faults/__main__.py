@@ -1,7 +1,7 @@
 """`make faults`: many runs with faults at random times, and a table of what became of them.
 
     python -m tests.faults [-n INJECTIONS] [--seed SEED] [--length FAULTS] [--only WORD ...] [--minutes MINUTES]
-                           [--jobs RUNS] [--workers WORKERS] [--folder FOLDER] [--table]
+                           [--jobs RUNS] [--workers WORKERS] [--cells CELLS] [--folder FOLDER] [--table]
 
 A folder that has verdicts of earlier calls is gone on with. The last line is JSON. Exit code 1 when anything was lost;
 the stores of those runs stay in the folder.
@@ -66,6 +66,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side: much of a run is waiting")
     parser.add_argument("--workers", type=int, default=1, help="of each stage that trains")
+    parser.add_argument("--cells", type=int, default=1, choices=(1, 2), help="of the experiment")
     parser.add_argument("--folder", help="where to work, and what to keep there of lost runs; a new one by default")
     parser.add_argument("--table", action="store_true", help="only print what the folder's runs have come to")
     return parser.parse_args()
@@ -85,10 +86,10 @@ def _run_jobs(folder: Path, faults: Sequence[Fault], options: argparse.Namespace
 
 
 def _run_job(folder: Path, job: int, faults: Sequence[Fault], options: argparse.Namespace, end: float) -> None:
-    place = Place(folder / f"place-{job}", options.workers)
+    place = Place(folder / f"place-{job}", options.workers, options.cells)
     commit = source_commit() or "unknown"
     try:
-        expected = _unbroken(place, folder / f"unbroken-{job}-{options.workers}-{commit}.json")
+        expected = _unbroken(place, folder / f"unbroken-{job}-{options.cells}x{options.workers}-{commit}.json")
         fruitless = 0
         while fruitless < FRUITLESS and time.monotonic() < end:
             verdicts = tally.read(folder)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from tests.faults import verdict
-from tests.faults.place import LONGEST_RUN_S, STAGES, STEPS, Place
+from tests.faults.place import LONGEST_RUN_S, STAGES, STEPS, Left, Place, name_of, starts
 from tests.faults.strikes import FAULTS, Fault, Kind, Target, wait_for_second_drivers
 from tests.faults.surroundings import KINDS, Surroundings
 
@@ -94,7 +94,7 @@ def unbroken(place: Place) -> verdict.Result:
     place.start()
     code = place.driver.wait(LONGEST_RUN_S)
     assert code == 0, f"the unbroken run ended with {code}:\n{place.driver.text()}"
-    wrong = verdict.leftovers(place.store) + [f"process {pid}: {line}" for pid, line in _left(place)]
+    wrong = verdict.leftovers(place.store, place.cells) + [f"process {pid}: {line}" for pid, line in _left(place)]
     assert not wrong, wrong
     return verdict.Result.of(place.store)
 
@@ -125,11 +125,11 @@ class _Chain:
     outcome: Outcome
     random: Random
     finished: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Stage -> (attempt, end) of what was finished before a fault: nothing of it may be done again, unless damaged."""
+    """Artifact -> (attempt, end) of what was finished before a fault: nothing of it may be done again, unless damaged."""
     starts: int = 0
     """Drivers that were started since the last fault."""
-    saved: list[tuple[str, int, int]] = field(default_factory=list)
-    """After a fault: stage, how often its training has begun so far, step of its newest sound step checkpoint."""
+    left: list[Left] = field(default_factory=list)
+    """After a fault: where every training stood."""
 
     def run(self, injections: Sequence[Injection], expected: verdict.Result) -> None:
         self.place.start()
@@ -163,16 +163,14 @@ class _Chain:
         return time.monotonic() >= due
 
     def _strike(self, injection: Injection) -> str | None:
-        before = {
-            stage: (record.attempt, record.finished) for stage, record in verdict.records(self.place.store).items()
-        }
+        before = {name: (record.attempt, record.finished) for name, record in verdict.records(self.place.store).items()}
         target = Target(self.place, self.around, injection.stage, self.random)
         hit = injection.fault.strike(target)
         self.outcome.problems += target.problems
         if hit is not None:
             self.finished |= before
             self.starts = 0
-            self.saved += [(stage, len(self.place.starts(stage)), self.place.saved_step(stage)) for stage in STEPS]
+            self.left += [self.place.leave(folder) for stage in STEPS for folder in self.place.artifacts(stage)]
         return hit
 
     def _keep_going(self, stage: str) -> bool:
@@ -204,18 +202,18 @@ class _Chain:
             self.outcome.problems.append(f"the last run ({self.place.driver.output.name}): {end}")
 
     def _judge(self, expected: verdict.Result) -> None:
-        problems = verdict.leftovers(self.place.store)
+        problems = verdict.leftovers(self.place.store, self.place.cells)
         problems += [f"process {pid} is left: {line[:100]}" for pid, line in _left(self.place)]
         problems += verdict.differences(expected, verdict.Result.of(self.place.store, self.around.tracking_uri))
         there = verdict.records(self.place.store)
-        damaged = {folder.parent.name for folder in self.around.damaged}
-        for stage, before in self.finished.items():
-            if stage not in damaged and (there[stage].attempt, there[stage].finished) != before:
-                problems.append(f"{stage} was finished (attempt {before[0]}) and was done again")
-        for stage, count, step in self.saved:
-            began = self.place.starts(stage)[count : count + 1]
-            if stage not in damaged and began and began[0] < step:
-                problems.append(f"{stage} went on from step {began[0]}, and step {step} was saved")
+        damaged = {name_of(folder) for folder in self.around.damaged}
+        for name, before in self.finished.items():
+            if name not in damaged and (name not in there or (there[name].attempt, there[name].finished) != before):
+                problems.append(f"{name} was finished (attempt {before[0]}) and was done again")
+        for left in self.left:
+            began = starts(left.folder)[left.starts : left.starts + 1]
+            if name_of(left.folder) not in damaged and began and began[0] < left.step:
+                problems.append(f"{name_of(left.folder)} went on from step {began[0]}, and step {left.step} was saved")
         self.outcome.problems += problems
 
 

@@ -1,8 +1,8 @@
 """Where faults strike: a small experiment, its store, and drivers of it as subprocesses.
 
-The experiment has every stage and one cell, so that a whole run takes about a minute on two cores, of which training is
-a few seconds. Its store always lies at the same path of the place, because a student's manifest names its full model's
-folder, and two runs are compared byte by byte.
+The experiment has every stage and one cell, or two of two methods, so that a whole run takes about a minute on two cores,
+of which training is a few seconds. Its store always lies at the same path of the place, because a student's manifest
+names its full model's folder, and two runs are compared byte by byte.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.curves import Curve
 from pipeline.lease import Watch
@@ -43,7 +43,10 @@ resources:
   teacher: {checkpoint_every: 4, workers: WORKERS}
   distill: {checkpoint_every: 4, workers: WORKERS}
 """
+SECOND_CELL = "sweep: {axes: {distill.method: [overfill, pruned]}}\n"
 STAGES = ("tokenizer", "data", "teacher", "calibrate", "prune", "distill", "evaluate", "benchmark")
+OF_A_CELL = ("distill", "evaluate")
+"""Stages that two cells do not share."""
 STEPS = {"teacher": 20, "distill": 25}
 """Stages that train -> their optimizer steps."""
 LONGEST_RUN_S = 420.0
@@ -88,6 +91,17 @@ class Driver:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
 
+@dataclass(frozen=True)
+class Left:
+    """Where a training stood when a fault had struck."""
+
+    folder: Path
+    starts: int
+    """How often it had begun."""
+    step: int
+    """Of its newest whole step checkpoint; 0 without one."""
+
+
 @dataclass
 class Place:
     """A folder with the experiment file, the store, and what drivers printed."""
@@ -95,6 +109,7 @@ class Place:
     folder: Path
     workers: int = 1
     """Of each stage that trains."""
+    cells: Literal[1, 2] = 1
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for drivers beside those of this process."""
     arguments: tuple[str, ...] = ()
@@ -104,7 +119,8 @@ class Place:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / FILE).write_text(EXPERIMENT.replace("WORKERS", str(self.workers)), encoding="utf-8")
+        text = EXPERIMENT.replace("WORKERS", str(self.workers)) + (SECOND_CELL if self.cells == 2 else "")
+        (self.folder / FILE).write_text(text, encoding="utf-8")
 
     @property
     def store(self) -> Path:
@@ -145,41 +161,32 @@ class Place:
 
     # --- where the run stands, from the store's files
 
-    def artifact(self, stage: str) -> Path | None:
-        """The stage's folder; None before it begins."""
-        return next((path for path in self.store.glob(f"{stage}/*_*") if (path / "attempts").is_dir()), None)
+    def artifacts(self, stage: str) -> list[Path]:
+        """The stage's folders, of every cell that has begun it."""
+        return sorted(path for path in self.store.glob(f"{stage}/*_*") if (path / "attempts").is_dir())
 
     def finished(self, stage: str) -> bool:
-        folder = self.artifact(stage)
-        return folder is not None and (folder / "payload" / "record.json").is_file()
+        """Whether every cell has it."""
+        done = [path for path in self.artifacts(stage) if is_finished(path)]
+        return len(done) == count_of(stage, self.cells)
 
-    def running(self, stage: str) -> int:
-        """Number of the attempt that a living process holds; 0 for none."""
-        folder = self.artifact(stage)
-        seen = None if folder is None else Watch(folder / "attempts").look()
-        return seen.attempt if seen is not None and seen.state == "held" else 0
+    def running(self, stage: str) -> bool:
+        """Whether a living process holds its lease."""
+        return any(Watch(path / "attempts").look().state == "held" for path in self.artifacts(stage))
 
     def step(self, stage: str) -> int:
-        """Step of the last line of the stage's metrics."""
-        folder = self.artifact(stage)
-        if folder is None:
-            return 0
-        curve = Curve(folder / "progress" / "metrics.jsonl")
-        curve.update()
-        return 0 if curve.last is None else curve.last.step
+        """Step of the last line of the stage's metrics; of two cells, of the one that has come further."""
+        curves = [Curve(path / "progress" / "metrics.jsonl") for path in self.artifacts(stage)]
+        for curve in curves:
+            curve.update()
+        return max((curve.last.step for curve in curves if curve.last is not None), default=0)
 
-    def starts(self, stage: str) -> list[int]:
-        """The steps from which the stage's training has begun so far, over all attempts."""
-        logs = sorted(self.store.glob(f"{stage}/*/attempts/*/worker-0.log"))
-        return [int(step) for log in logs for step in _BEGINNING.findall(log.read_text(errors="replace"))]
-
-    def saved_step(self, stage: str) -> int:
-        """Step of the newest step checkpoint that is whole; 0 without one."""
-        found = 0
-        for root in self.store.glob(f"{stage}/*/progress/*/"):
-            newest = checkpoints.newest_complete(root, lambda folder, why: None)
-            found = max(found, 0 if newest is None else checkpoints.step_of(newest) or 0)
-        return found
+    def leave(self, folder: Path) -> Left:
+        """Where an artifact's training stands now."""
+        roots = folder.glob("progress/*/")
+        newest = [checkpoints.newest_complete(root, lambda folder, why: None) for root in roots]
+        steps = [checkpoints.step_of(found) or 0 for found in newest if found is not None]
+        return Left(folder, len(starts(folder)), max(steps, default=0))
 
     def leftover_processes(self, patience: float) -> dict[int, str]:
         """Processes of ended drivers that are still there after so many seconds."""
@@ -194,6 +201,27 @@ class Place:
         """End every process of every driver."""
         for driver in self.drivers:
             driver.kill_all()
+
+
+def count_of(stage: str, cells: int) -> int:
+    """How many artifacts so many cells have of a stage."""
+    return cells if stage in OF_A_CELL else 1
+
+
+def name_of(folder: Path) -> str:
+    """An artifact in words and as a key: `distill/small-0.5-overfill-s0_e3a78ca75c12`."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether it has a record."""
+    return (folder / "payload" / "record.json").is_file()
+
+
+def starts(folder: Path) -> list[int]:
+    """The steps from which an artifact's training has begun so far, over all attempts."""
+    logs = sorted(folder.glob("attempts/*/worker-0.log"))
+    return [int(step) for log in logs for step in _BEGINNING.findall(log.read_text(errors="replace"))]
 
 
 def environment() -> dict[str, str]:

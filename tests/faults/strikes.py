@@ -16,7 +16,7 @@ from random import Random
 from typing import Literal
 
 from pipeline.training import checkpoints
-from tests.faults.place import LONGEST_RUN_S, STAGES, STEPS, Driver, Place, kill
+from tests.faults.place import LONGEST_RUN_S, OF_A_CELL, STAGES, STEPS, Driver, Place, is_finished, kill, name_of
 from tests.faults.surroundings import Surroundings
 
 GRACE_S = 90.0
@@ -182,9 +182,14 @@ def flip_in_student(target: Target) -> str | None:
 
 
 def _flip(target: Target, stage: str, pattern: str) -> str | None:
-    folder = target.place.artifact(stage)
-    if folder is None or not target.place.finished(stage):
+    """In an artifact that will be read again: of two cells, of one that is not through the stage yet."""
+    open_ = [path for path in target.place.artifacts(target.stage) if not is_finished(path)]
+    labels = [path.name.rpartition("_")[0] for path in open_]
+    finished = [path for path in target.place.artifacts(stage) if is_finished(path)]
+    own = [path for path in finished if stage not in OF_A_CELL or path.name.rpartition("_")[0] in labels]
+    if not own:
         return None
+    folder = target.random.choice(own)
     kill_machine(target)
     file = next(folder.glob(pattern))
     content = bytearray(file.read_bytes())
@@ -192,15 +197,14 @@ def _flip(target: Target, stage: str, pattern: str) -> str | None:
     content[position] ^= 1 << target.random.randrange(8)
     file.write_bytes(content)
     target.around.damaged.append(folder)
-    return f"byte {position} of {stage} {file.name}"
+    return f"byte {position} of {name_of(folder)} {file.name}"
 
 
 def _newest_checkpoint(target: Target) -> Path | None:
-    folder = target.place.artifact(target.stage)
-    whole = (
-        [] if folder is None else sorted(marker.parent for marker in folder.glob(f"progress/*/*/{checkpoints.MARKER}"))
-    )
-    return whole[-1] if whole else None
+    """The newest marked one of the training that is at work; of two, of the one that has the newest."""
+    folders = [path for path in target.place.artifacts(target.stage) if not is_finished(path)]
+    marked = [path.parent for folder in folders for path in folder.glob(f"progress/*/*/{checkpoints.MARKER}")]
+    return max(marked, key=lambda path: path.name, default=None)
 
 
 # --- around the run

@@ -18,9 +18,9 @@ from pipeline.experiment import Experiment, keep_experiment
 from pipeline.lease import acquire
 from tests.faults import tally
 from tests.faults.chain import Injection, Outcome, draw_chain, kind_of
-from tests.faults.place import STAGES, STEPS, Driver, Place
-from tests.faults.strikes import FAULTS
-from tests.faults.surroundings import WithClock
+from tests.faults.place import STAGES, STEPS, Driver, Place, name_of
+from tests.faults.strikes import FAULTS, Target, flip_in_student
+from tests.faults.surroundings import Surroundings, WithClock
 from tests.faults.tally import Verdict
 from tests.faults.verdict import Result, _files, _steps, differences, leftovers
 
@@ -36,7 +36,7 @@ def written(tmp_path: Path) -> SyntheticStore:
 
 
 def result_of(store: Path) -> Result:
-    return Result(_files(store), {stage: _steps(store, stage) for stage in STEPS}, {"child train/loss": [1, 2]})
+    return Result(_files(store), _steps(store), {"child train/loss": [1, 2]})
 
 
 def folder_of(store: Path, stage: str) -> Path:
@@ -46,7 +46,7 @@ def folder_of(store: Path, stage: str) -> Path:
 def test_a_sound_store_has_nothing_to_complain_of(written):
     root = written.store.root
     assert leftovers(root) == []
-    assert set(_files(root)) == set(STAGES) - {"benchmark"}
+    assert {name.partition("/")[0] for name in _files(root)} == set(STAGES) - {"benchmark"}
     assert differences(result_of(root), result_of(root)) == []
 
 
@@ -63,24 +63,27 @@ def test_every_kind_of_leftover_is_seen(written):
     lease.release()
     assert "garbage: data/" in told and "staging-0001" in told
     assert "config.json has another SHA-256" in told
-    assert "teacher: its lease is held" in told
+    assert f"{name_of(folder_of(root, 'teacher'))}: its lease is held" in told
     (folder_of(root, "evaluate") / "payload").rename(root / "gone")
-    assert "evaluate: there is no artifact" in leftovers(root)
+    assert f"{name_of(folder_of(root, 'evaluate'))}: there is no artifact" in leftovers(root)
+    assert "distill: 1 artifacts instead of 2" in leftovers(root, cells=2)
 
 
 def test_another_file_another_loss_and_a_step_that_is_there_twice_are_seen(written):
     root = written.store.root
     sound = result_of(root)
-    assert sound.steps["distill"]["3 train/loss"] == [json.dumps(10.0 / 3)]
+    distill = name_of(folder_of(root, "distill"))
+    assert sound.steps[distill]["3 train/loss"] == [json.dumps(10.0 / 3)]
     metrics = folder_of(root, "distill") / "progress" / "metrics.jsonl"
     again = {"step": 3, "steps": 10, "tokens": 300, "time": 0.0, "metrics": {"train/loss": 3.5}}
     with metrics.open("a") as stream:
         stream.write(json.dumps(again) + "\n")
     assert differences(sound, result_of(root)) == [
-        f"distill: 3 train/loss is ['{10.0 / 3}', '3.5'], not ['{10.0 / 3}']"
+        f"{distill}: 3 train/loss is ['{10.0 / 3}', '3.5'], not ['{10.0 / 3}']"
     ]
-    other = replace(sound, files=sound.files | {"data": {"note.txt": "0" * 64}})
-    assert differences(sound, other) == ["data: note.txt is another file than that of the unbroken run"]
+    data = name_of(folder_of(root, "data"))
+    other = replace(sound, files=sound.files | {data: sound.files[data] | {"note.txt": "0" * 64}})
+    assert differences(sound, other) == [f"{data}: note.txt is another file than that of the unbroken run"]
     doubled = replace(sound, history={"child train/loss": [1, 2, 2]})
     assert differences(sound, doubled) == ["MLflow: child train/loss has the steps [1, 2, 2], not [1, 2]"]
 
@@ -101,6 +104,23 @@ def test_what_was_injected_seldom_is_drawn_rather():
     injected = {fault.name: 10 for fault in FAULTS} | {"disk full": 1, "SIGTERM": 1}
     drawn = Counter(one.fault.name for seed in range(50) for one in draw_chain(Random(seed), 5, FAULTS, injected))
     assert {name for name, _ in drawn.most_common(2)} == {"disk full", "SIGTERM"}
+
+
+def test_both_cells_of_two_must_have_a_stage_and_the_open_one_is_damaged(tmp_path):
+    place = Place(tmp_path / "place", cells=2)
+    assert "distill.method: [overfill, pruned]" in (place.folder / "faults.yaml").read_text()
+    for label in ("a_012345678901", "b_012345678902"):
+        for stage in ("distill", "evaluate"):
+            (place.store / stage / label / "attempts").mkdir(parents=True)
+            (place.store / stage / label / "payload" / "model").mkdir(parents=True)
+            (place.store / stage / label / "payload" / "model" / "model.safetensors").write_bytes(bytes(100))
+        (place.store / "distill" / label / "payload" / "record.json").touch()
+    assert place.finished("distill") and not place.finished("evaluate")
+    (place.store / "evaluate" / "a_012345678901" / "payload" / "record.json").touch()
+    assert not place.finished("evaluate")
+    for seed in range(5):
+        hit = flip_in_student(Target(place, Surroundings(place), "evaluate", Random(seed)))
+        assert hit is not None and hit.endswith("of distill/b_012345678902 model.safetensors")
 
 
 def test_the_whole_session_of_a_driver_dies_with_its_machine(tmp_path):

@@ -20,7 +20,7 @@ from pipeline.curves import parse_line
 from pipeline.lease import Watch
 from pipeline.record import RECORD_FILE, Record
 from pipeline.store import AlteredArtifact, Store
-from tests.faults.place import STAGES, STEPS
+from tests.faults.place import STAGES, STEPS, count_of, name_of
 from tests.machine_metrics import of_the_machine
 
 MEASURED = ("benchmark",)
@@ -35,16 +35,16 @@ class Result:
     """What an experiment's store holds at the end."""
 
     files: dict[str, dict[str, str]]
-    """Stage -> file -> SHA-256."""
+    """Artifact -> file -> SHA-256."""
     steps: dict[str, dict[str, list[str]]]
-    """Stage that trains -> `step metric` -> every value that was ever written for it, each once, as JSON."""
+    """Artifact that is trained -> `step metric` -> every value that was ever written for it, each once, as JSON."""
     history: dict[str, list[int]]
-    """`run metric` in MLflow -> its steps as they are there."""
+    """`run metric` in MLflow, a cell's run by its name, -> its steps as they are there."""
 
     @classmethod
     def of(cls, store: Path, uri: str | None = None) -> Result:
         """Read a store, and MLflow at `uri` (by default the store's own file)."""
-        return cls(_files(store), {stage: _steps(store, stage) for stage in STEPS}, dict(_history(store, uri)))
+        return cls(_files(store), _steps(store), dict(_history(store, uri)))
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -57,15 +57,15 @@ class Result:
 def differences(unbroken: Result, found: Result) -> list[str]:
     """In what a result is not that of the unbroken run; one line each."""
     told: list[str] = []
-    for stage, files in unbroken.files.items():
-        for name in sorted(files.keys() | found.files.get(stage, {}).keys()):
-            if files.get(name) != found.files.get(stage, {}).get(name):
-                told.append(f"{stage}: {name} is another file than that of the unbroken run")
-    for stage, lines in unbroken.steps.items():
-        there = found.steps.get(stage, {})
+    for artifact, files in unbroken.files.items():
+        for name in sorted(files.keys() | found.files.get(artifact, {}).keys()):
+            if files.get(name) != found.files.get(artifact, {}).get(name):
+                told.append(f"{artifact}: {name} is another file than that of the unbroken run")
+    for artifact, lines in unbroken.steps.items():
+        there = found.steps.get(artifact, {})
         wrong = [name for name in sorted(lines.keys() | there.keys()) if lines.get(name) != there.get(name)]
-        told += [f"{stage}: {name} is {there.get(name)}, not {lines.get(name)}" for name in wrong[:3]]
-        told += [f"{stage}: and {len(wrong) - 3} more"] if len(wrong) > 3 else []
+        told += [f"{artifact}: {name} is {there.get(name)}, not {lines.get(name)}" for name in wrong[:3]]
+        told += [f"{artifact}: and {len(wrong) - 3} more"] if len(wrong) > 3 else []
     for name in sorted(unbroken.history.keys() | found.history.keys()):
         expected, there = unbroken.history.get(name), found.history.get(name)
         if expected != there:
@@ -73,51 +73,55 @@ def differences(unbroken: Result, found: Result) -> list[str]:
     return told
 
 
-def leftovers(store: Path) -> list[str]:
+def leftovers(store: Path, cells: int = 1) -> list[str]:
     """What a run that has ended should not have left in its store: artifacts that are not whole, leases, garbage."""
     here, told = Store(store), []
     for stage in STAGES:
         folders = [path for path in store.glob(f"{stage}/*") if (path / "attempts").is_dir()]
-        if len(folders) != 1:
-            told.append(f"{stage}: {len(folders)} artifacts instead of one")
+        if len(folders) != count_of(stage, cells):
+            told.append(f"{stage}: {len(folders)} artifacts instead of {count_of(stage, cells)}")
         for folder in folders:
             state = Watch(folder / "attempts").look().state
             if state != "free":
-                told.append(f"{stage}: its lease is {state}")
+                told.append(f"{name_of(folder)}: its lease is {state}")
             try:
                 if here.verify(folder.name.rpartition("_")[2]) is None:
-                    told.append(f"{stage}: there is no artifact")
+                    told.append(f"{name_of(folder)}: there is no artifact")
             except AlteredArtifact as error:
-                told.append(f"{stage}: {error}")
+                told.append(f"{name_of(folder)}: {error}")
     found = [one for one in gc.collect(here) if one.reason not in KEPT_BY_GC]
     return told + [f"garbage: {one.path.relative_to(store)} ({one.reason})" for one in found]
 
 
 def records(store: Path) -> dict[str, Record]:
-    """Stage -> record of what is finished."""
-    found = [Record.model_validate_json(path.read_bytes()) for path in store.glob(f"*/*/payload/{RECORD_FILE}")]
-    return {record.stage: record for record in found}
+    """Artifact -> record of what is finished."""
+    found = sorted(store.glob(f"*/*/payload/{RECORD_FILE}"))
+    return {name_of(path.parents[1]): Record.model_validate_json(path.read_bytes()) for path in found}
 
 
 def _files(store: Path) -> dict[str, dict[str, str]]:
     return {
-        stage: {name: entry.sha256 for name, entry in record.files.items()}
-        for stage, record in sorted(records(store).items())
-        if stage not in MEASURED
+        name: {file: entry.sha256 for file, entry in record.files.items()}
+        for name, record in records(store).items()
+        if record.stage not in MEASURED
     }
 
 
-def _steps(store: Path, stage: str) -> dict[str, list[str]]:
+def _steps(store: Path) -> dict[str, dict[str, list[str]]]:
     """Not through `curves.Curve`, which keeps of every step the last line only."""
+    paths = [path for stage in STEPS for path in sorted(store.glob(f"{stage}/*/progress/metrics.jsonl"))]
+    return {name_of(path.parents[1]): _values(path) for path in paths}
+
+
+def _values(path: Path) -> dict[str, list[str]]:
     values: dict[str, set[str]] = {}
-    for path in store.glob(f"{stage}/*/progress/metrics.jsonl"):
-        for line in path.read_bytes().split(b"\n"):
-            point = parse_line(line)
-            if point is None:
-                continue  # a killed writer's half line
-            for name, value in {"tokens": point.tokens, **point.metrics}.items():
-                if not of_the_machine(name):
-                    values.setdefault(f"{point.step} {name}", set()).add(json.dumps(value))
+    for line in path.read_bytes().split(b"\n"):
+        point = parse_line(line)
+        if point is None:
+            continue  # a killed writer's half line
+        for name, value in {"tokens": point.tokens, **point.metrics}.items():
+            if not of_the_machine(name):
+                values.setdefault(f"{point.step} {name}", set()).add(json.dumps(value))
     return {name: sorted(found) for name, found in sorted(values.items())}
 
 
@@ -140,6 +144,9 @@ def _history_at(uri: str) -> Iterator[tuple[str, list[int]]]:
         kind = "child" if "mlflow.parentRunId" in run.data.tags else "parent"
         counts[f"{kind} runs {run.info.status}"] += 1
         for metric in run.data.metrics:
-            yield f"{kind} {metric}", [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+            yield (
+                f"{run.info.run_name} {metric}",
+                [point.step for point in client.get_metric_history(run.info.run_id, metric)],
+            )
     for name, count in counts.items():
         yield name, [count]
