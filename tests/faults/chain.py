@@ -170,7 +170,7 @@ class _Chain:
         if hit is not None:
             self.finished |= before
             self.starts = 0
-            self.left += [self.place.leave(folder) for stage in STEPS for folder in self.place.artifacts(stage)]
+            self.left += [Left.of(folder) for stage in STEPS for folder in self.place.artifacts(stage)]
         return hit
 
     def _keep_going(self, stage: str) -> bool:

@@ -101,6 +101,14 @@ class Left:
     step: int
     """Of its newest whole step checkpoint; 0 without one."""
 
+    @classmethod
+    def of(cls, folder: Path) -> Left:
+        """An artifact's training now."""
+        roots = folder.glob("progress/*/")
+        newest = [checkpoints.newest_complete(root, lambda folder, why: None) for root in roots]
+        steps = [checkpoints.step_of(found) or 0 for found in newest if found is not None]
+        return cls(folder, len(starts(folder)), max(steps, default=0))
+
 
 @dataclass
 class Place:
@@ -180,13 +188,6 @@ class Place:
         for curve in curves:
             curve.update()
         return max((curve.last.step for curve in curves if curve.last is not None), default=0)
-
-    def leave(self, folder: Path) -> Left:
-        """Where an artifact's training stands now."""
-        roots = folder.glob("progress/*/")
-        newest = [checkpoints.newest_complete(root, lambda folder, why: None) for root in roots]
-        steps = [checkpoints.step_of(found) or 0 for found in newest if found is not None]
-        return Left(folder, len(starts(folder)), max(steps, default=0))
 
     def leftover_processes(self, patience: float) -> dict[int, str]:
         """Processes of ended drivers that are still there after so many seconds."""
