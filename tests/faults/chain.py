@@ -20,7 +20,7 @@ from tests.faults.surroundings import KINDS, Surroundings
 
 DURATIONS_S = {
     "tokenizer": 1.0, "data": 5.0, "teacher": 10.0, "calibrate": 7.0,
-    "prune": 4.0, "distill": 12.0, "evaluate": 6.0, "benchmark": 1.5,
+    "prune": 4.0, "distill": 12.0, "evaluate": 6.0, "benchmark": 0.7,
 }  # fmt: skip
 """About how long each stage takes, the start of its workers included: faults strike at any time in it."""
 MOST_STARTS = 4
