@@ -23,6 +23,10 @@ DURATIONS_S = {
     "prune": 4.0, "distill": 12.0, "evaluate": 6.0, "benchmark": 0.7,
 }  # fmt: skip
 """About how long each stage takes, the start of its workers included: faults strike at any time in it."""
+EARLY_S = 3.0
+"""In which an early fault is due: before the workers that it strikes are there, so that it meets them as they come."""
+TRIES_S = 12.0
+"""How long a fault that is due looks for something to hit, before it is the next one's turn."""
 MOST_STARTS = 4
 """Drivers that end one after another, without a fault in between, before that counts as no progress."""
 PATIENCE_S = 120.0
@@ -49,6 +53,8 @@ class Injection:
     def draw(cls, fault: Fault, random: Random) -> Injection:
         """Anywhere that the fault can strike."""
         stage = random.choice(fault.stages)
+        if fault.early:
+            return cls(fault, stage, after=random.uniform(0.0, EARLY_S))
         if stage in STEPS and (fault.at_step or random.random() < 0.5):
             return cls(fault, stage, step=random.randint(max(1, fault.at_step), STEPS[stage] - 2))
         return cls(fault, stage, after=random.uniform(0.0, DURATIONS_S[stage]))
@@ -149,11 +155,15 @@ class _Chain:
     def _inject(self, injection: Injection) -> str | None:
         """Wait for the moment and strike; what was hit, or None when it never came to that."""
         due: float | None = None
+        last: float | None = None
         while self._keep_going(injection.stage):
             if self.place.running(injection.stage):
-                due = time.monotonic() + injection.after if due is None else due
-                if self._is_due(injection, due) and (hit := self._strike(injection)) is not None:
-                    return hit
+                now = time.monotonic()
+                due = now + injection.after if due is None else due
+                if self._is_due(injection, due):
+                    last = now + TRIES_S if last is None else last
+                    if (hit := self._strike(injection)) is not None or now > last:
+                        return hit
             time.sleep(0.02)
         return None
 

@@ -60,6 +60,8 @@ class Fault:
     """Least step at which it strikes, of a stage that trains; 0: at any time of the stage."""
     kind: Kind = "plain"
     """What it needs around the run."""
+    early: bool = False
+    """Of stages that train: only in their first seconds is there something to hit."""
 
 
 # --- killing
@@ -277,7 +279,7 @@ FAULTS = (
     Fault("kill -9 of everything", STAGES, kill_machine),
     Fault("kill -9 of a training worker", WORKERS, kill_training_worker),
     Fault("kill -9 of the Tune trial", STAGES, kill_trial),
-    Fault("kill -9 of a Ray Data task", ("data", *WORKERS), kill_data_task),
+    Fault("kill -9 of a Ray Data task", ("data", *WORKERS), kill_data_task, early=True),
     Fault("kill -9 of a stage's task", TASKS, kill_stage_task),
     Fault("SIGTERM", STAGES, terminate),
     Fault("Ctrl-C", STAGES, interrupt),
