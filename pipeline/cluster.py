@@ -215,7 +215,7 @@ def remove_abandoned_groups() -> int:
     workers would keep their CPUs, and a stage that wants a whole node would wait for ever."""
     import ray
     from ray._private.state import state
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     table = state._connect_and_get_accessor().get_placement_group_table()

@@ -92,7 +92,8 @@ def draw_chain(
 
 def kind_of(injections: Sequence[Injection]) -> Kind:
     """What they need around the run: one thing at most beside the plain ones."""
-    return next((one.fault.kind for one in injections if one.fault.kind != "plain"), "plain")
+    kinds: list[Kind] = [one.fault.kind for one in injections if one.fault.kind != "plain"]
+    return kinds[0] if kinds else "plain"
 
 
 def unbroken(place: Place) -> verdict.Result:
