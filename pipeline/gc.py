@@ -1,9 +1,8 @@
-"""What may be removed from a store: `overfill gc`.
+"""What may be removed from a store in a folder: `overfill gc`. `pipeline.objects.gc` does the same on object storage.
 
-An artifact is needed when an experiment file in the store (`sweeps/*/experiment.yaml`) comes to it, when something that
-is being built right now is made from it, or when it differs from a needed one only in the machine (a latency that was
-measured elsewhere). Everything else is listed with its size and the reason. Nothing is removed on doubt: an experiment
-file that cannot be read ends the whole collection, and a folder that is not named like an artifact is not looked at.
+Everything that is not needed (`pipeline.needed`) is listed with its size and the reason. Nothing is removed on doubt: an
+experiment file that cannot be read ends the whole collection, and a folder that is not named like an artifact is not
+looked at.
 
 Removing, while drivers may start at any moment: a whole artifact is removed under its own lease, so that nobody builds
 it meanwhile; anything is first renamed into `.trash`, so that nobody ever sees a half of it; and a change of the
@@ -12,40 +11,43 @@ experiment files since the listing ends the removal.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from overfill.errors import UserError
-from pipeline.experiment import EXPERIMENT_FILE, read_experiment
-from pipeline.fingerprint import IDENTITY_LENGTH, fingerprint
+from pipeline.experiment import EXPERIMENT_FILE
 from pipeline.lease import acquire
+from pipeline.needed import Needed, identity_of
 from pipeline.planning import size
 from pipeline.record import RECORD_FILE
-from pipeline.stage import Stage, topological
 from pipeline.store import IDENTITY_FILE, Store
 from pipeline.training.checkpoints import step_of, why_incomplete
 
 STALE_S = 3600.0
 """Least age of leftovers that no lease covers: hidden files beside an experiment, folders of Ray Tune."""
 TRASH = ".trash"
-_ARTIFACT = re.compile(rf"(?:.*_)?([0-9a-f]{{{IDENTITY_LENGTH}}})\Z")
 _TEMPORARY = re.compile(r"\..+[.-][0-9a-f]{32}\Z")
 """What `record.write_text` and `lease` name a file before they rename it."""
-_MACHINE = ("device", "versions")
-"""Fields of a benchmark's config that the machine supplies, which this one may not be."""
+NO_EXPERIMENT, ALTERED, OF_ATTEMPT, OF_RUN, OF_FINISHED, OLDER = (
+    "no experiment refers to it",
+    "set aside as altered",
+    "left by an attempt that has ended",
+    "of a run that has ended",
+    "step checkpoints of a finished stage",
+    "an older step checkpoint",
+)
+"""Reasons that a store on object storage has as well."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,22 @@ def collect_garbage(store: Store, delete: bool, keep_checkpoints: int, console: 
     before = experiment_files(store)
     found = collect(store, keep_checkpoints)
     gone = list(remove(store, found, before)) if delete else found
+    rows = [(one.size, str(one.path.relative_to(store.root)), one.reason) for one in gone]
+    print_garbage(rows, len(found) - len(gone), delete, console)
+
+
+def print_garbage(rows: Sequence[tuple[int, str, str]], stay: int, delete: bool, console: Console) -> None:
+    """Size, place and reason of what can go or has gone; `stay` items could have gone and did not."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("removed" if delete else "can be removed", overflow="fold")
     table.add_column("because", overflow="fold")
-    for one in gone:
-        table.add_row(size(one.size), str(one.path.relative_to(store.root)), one.reason)
-    if gone:
+    for bytes_, place, reason in rows:
+        table.add_row(size(bytes_), place, reason)
+    if rows:
         console.print(table)
-    total = f"{len(gone)} item{'' if len(gone) == 1 else 's'}, {size(sum(one.size for one in gone))}"
-    in_use = f"; {len(found) - len(gone)} came into use meanwhile and stay" if len(gone) < len(found) else ""
+    total = f"{len(rows)} item{'' if len(rows) == 1 else 's'}, {size(sum(bytes_ for bytes_, _, _ in rows))}"
+    in_use = f"; {stay} came into use meanwhile and stay" if stay else ""
     console.print(
         f"removed: {total}{in_use}" if delete else f"nothing was removed; --delete removes {total}", highlight=False
     )
@@ -87,19 +95,17 @@ def collect_garbage(store: Store, delete: bool, keep_checkpoints: int, console: 
 
 def collect(store: Store, keep_checkpoints: int = 1) -> list[Garbage]:
     """Everything that can go, largest first. Raises UserError for an experiment file that cannot be read."""
-    known = {stage.identity: stage for stage in _known_stages(store)}
-    folders = {folder: match[1] for folder in _artifact_folders(store) if (match := _ARTIFACT.match(folder.name))}
+    folders = list(_artifact_folders(store))
     held = {folder for folder in folders if store.sighting(folder).state == "held"}
-    needed = set(known).union(*map(_in_use, held))
-    elsewhere = {_without_machine(stage.full_description) for stage in known.values()}
+    needed = Needed.of(experiment_files(store), held)
     found: list[Garbage] = []
-    for folder, identity in folders.items():
+    for folder in folders:
         if folder in held:
             continue
-        if identity in needed or _without_machine(_description(folder)) in elsewhere:
+        if needed.covers(folder):
             found += _leftovers(folder, keep_checkpoints)
         else:
-            found.append(_garbage(folder, "no experiment refers to it", folder))
+            found.append(_garbage(folder, NO_EXPERIMENT, folder))
     found += _outside_of_artifacts(store, alive=bool(held))
     return sorted(found, key=lambda one: -one.size)
 
@@ -123,64 +129,14 @@ def experiment_files(store: Store) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in sorted((store.root / "sweeps").glob(f"*/{EXPERIMENT_FILE}"))}
 
 
-# --- what is needed
-
-
-def _known_stages(store: Store) -> list[Stage]:
-    stages: list[Stage] = []
-    for path in experiment_files(store):
-        try:
-            stages += [stage for cell in read_experiment(str(path)).cells for stage in cell.stages]
-        except (UserError, OSError) as error:
-            raise UserError(
-                f"{path}: cannot be read, so nothing is removed; mend it, or delete its folder first ({error})"
-            ) from error
-    return topological(stages)
+# --- what there is
 
 
 def _artifact_folders(store: Store) -> Iterator[Path]:
     """Every folder of the store that is named and filled like an artifact."""
     for path in sorted(store.root.glob("[a-z]*/*")):
-        if _ARTIFACT.match(path.name) and any((path / name).exists() for name in (IDENTITY_FILE, "attempts")):
+        if identity_of(path) and any((path / name).exists() for name in (IDENTITY_FILE, "attempts")):
             yield path
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    """What an artifact is, by its own word; empty where that is missing or not of an artifact of this name."""
-    try:
-        described = json.loads((folder / IDENTITY_FILE).read_bytes())["description"]
-        return described if folder.name.endswith(tuple(_made_from(described))) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _in_use(folder: Path) -> set[str]:
-    """What somebody is building there, and what it is made from."""
-    found = _made_from(_description(folder))
-    if not any(folder.name.endswith(identity) for identity in found):
-        raise UserError(f"{folder}: is being built, and its {IDENTITY_FILE} does not say from what; run gc again later")
-    return found
-
-
-def _made_from(description: dict[str, Any]) -> set[str]:
-    """Identities of everything that a description's stage is made from, and its own."""
-    found: set[str] = set()
-
-    def identity(of: dict[str, Any]) -> str:
-        inputs = of.get("inputs")
-        if not isinstance(inputs, dict):
-            return fingerprint(of)  # not a stage
-        own = fingerprint(of | {"inputs": {name: identity(source) for name, source in inputs.items()}})
-        found.add(own)
-        return own
-
-    identity(description)
-    return found
-
-
-def _without_machine(description: dict[str, Any]) -> str:
-    config = {key: value for key, value in description.get("config", {}).items() if key not in _MACHINE}
-    return fingerprint(description | {"config": config})
 
 
 # --- leftovers
@@ -189,27 +145,27 @@ def _without_machine(description: dict[str, Any]) -> str:
 def _leftovers(folder: Path, keep_checkpoints: int) -> list[Garbage]:
     """What can go from an artifact that is needed and that nobody is building."""
     progress, finished = folder / "progress", (folder / "payload" / RECORD_FILE).exists()
-    found = [_garbage(path, "left by an attempt that has ended", folder) for path in folder.glob("staging-*")]
-    found += [_garbage(path, "set aside as altered", folder) for path in folder.glob("altered-*")]
+    found = [_garbage(path, OF_ATTEMPT, folder) for path in folder.glob("staging-*")]
+    found += [_garbage(path, ALTERED, folder) for path in folder.glob("altered-*")]
     found += [_garbage(path, "left by a contender for a lease", folder) for path in folder.glob("attempts/.new-*")]
     temporary = [path for inside in (".*", "attempts/*/.*", "progress/.*") for path in folder.glob(inside)]
     found += [_garbage(path, "half a file of a killed writer", folder) for path in temporary if _is_temporary(path)]
     for root in sorted(path for path in progress.glob("*") if path.is_dir()):
         if finished:
-            found.append(_garbage(root, "step checkpoints of a finished stage", folder))
+            found.append(_garbage(root, OF_FINISHED, folder))
         else:
-            found += [_garbage(old, "an older step checkpoint", folder) for old in _older(root, keep_checkpoints)]
+            found += [_garbage(old, OLDER, folder) for old in older(root, keep_checkpoints)]
     return found
 
 
-def _older(root: Path, keep: int) -> Iterator[Path]:
+def older(root: Path, keep: int, digests: bool = True) -> Iterator[Path]:
     """Step checkpoints below the newest `keep` whole ones; one that is damaged does not count as one of them."""
     steps = sorted((path for path in root.iterdir() if step_of(path) is not None), reverse=True)
     whole = 0
     for folder in steps:
         if whole >= keep:
             yield folder
-        elif why_incomplete(folder) is None:
+        elif why_incomplete(folder, digests) is None:
             whole += 1
 
 
@@ -223,7 +179,7 @@ def _outside_of_artifacts(store: Store, alive: bool) -> Iterator[Garbage]:
     for path in sorted((store.root / "tune").glob("[ir]*-*")):
         # A living Tune writes its state every few seconds; a request to end (`interrupt-...`) is over in a minute.
         if not alive and min(map(_age, (path, *path.rglob("*")))) > STALE_S:
-            yield _garbage(path, "of a run that has ended")
+            yield _garbage(path, OF_RUN)
 
 
 def _is_temporary(path: Path) -> bool:
