@@ -131,10 +131,16 @@ def gc(
     store: StoreOption = None,
 ) -> None:
     """List what no experiment of the store refers to, and leftovers of killed processes; removes nothing by itself."""
+    from pipeline import gc as in_folder
     from pipeline.experiment import open_store
-    from pipeline.gc import collect_garbage
+    from pipeline.objects import gc as in_bucket
+    from pipeline.objects.store import ObjectStore
 
-    collect_garbage(open_store(store), delete, keep_checkpoints, Console())
+    here = open_store(store)
+    if isinstance(here, ObjectStore):
+        in_bucket.collect_garbage(here, delete, keep_checkpoints, Console())
+    else:
+        in_folder.collect_garbage(here, delete, keep_checkpoints, Console())
 
 
 @app.command()

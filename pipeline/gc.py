@@ -105,7 +105,7 @@ def collect(store: Store, keep_checkpoints: int = 1) -> list[Garbage]:
         if needed.covers(folder):
             found += _leftovers(folder, keep_checkpoints)
         else:
-            found.append(_garbage(folder, NO_EXPERIMENT, folder))
+            found.append(garbage_at(folder, NO_EXPERIMENT, folder))
     found += _outside_of_artifacts(store, alive=bool(held))
     return sorted(found, key=lambda one: -one.size)
 
@@ -145,16 +145,16 @@ def _artifact_folders(store: Store) -> Iterator[Path]:
 def _leftovers(folder: Path, keep_checkpoints: int) -> list[Garbage]:
     """What can go from an artifact that is needed and that nobody is building."""
     progress, finished = folder / "progress", (folder / "payload" / RECORD_FILE).exists()
-    found = [_garbage(path, OF_ATTEMPT, folder) for path in folder.glob("staging-*")]
-    found += [_garbage(path, ALTERED, folder) for path in folder.glob("altered-*")]
-    found += [_garbage(path, "left by a contender for a lease", folder) for path in folder.glob("attempts/.new-*")]
+    found = [garbage_at(path, OF_ATTEMPT, folder) for path in folder.glob("staging-*")]
+    found += [garbage_at(path, ALTERED, folder) for path in folder.glob("altered-*")]
+    found += [garbage_at(path, "left by a contender for a lease", folder) for path in folder.glob("attempts/.new-*")]
     temporary = [path for inside in (".*", "attempts/*/.*", "progress/.*") for path in folder.glob(inside)]
-    found += [_garbage(path, "half a file of a killed writer", folder) for path in temporary if _is_temporary(path)]
+    found += [garbage_at(path, "half a file of a killed writer", folder) for path in temporary if _is_temporary(path)]
     for root in sorted(path for path in progress.glob("*") if path.is_dir()):
         if finished:
-            found.append(_garbage(root, OF_FINISHED, folder))
+            found.append(garbage_at(root, OF_FINISHED, folder))
         else:
-            found += [_garbage(old, OLDER, folder) for old in older(root, keep_checkpoints)]
+            found += [garbage_at(old, OLDER, folder) for old in older(root, keep_checkpoints)]
     return found
 
 
@@ -172,14 +172,14 @@ def older(root: Path, keep: int, digests: bool = True) -> Iterator[Path]:
 def _outside_of_artifacts(store: Store, alive: bool) -> Iterator[Garbage]:
     """`alive`: somebody builds something in this store, so Ray Tune may be at work too."""
     for path in sorted((store.root / TRASH).glob("*")):
-        yield _garbage(path, "left by a gc that was interrupted")
+        yield garbage_at(path, "left by a gc that was interrupted")
     for path in sorted((store.root / "sweeps").glob("*/.*")):
         if _is_temporary(path) and _age(path) > STALE_S:
-            yield _garbage(path, "half a file of a killed writer")
+            yield garbage_at(path, "half a file of a killed writer")
     for path in sorted((store.root / "tune").glob("[ir]*-*")):
         # A living Tune writes its state every few seconds; a request to end (`interrupt-...`) is over in a minute.
         if not alive and min(map(_age, (path, *path.rglob("*")))) > STALE_S:
-            yield _garbage(path, OF_RUN)
+            yield garbage_at(path, OF_RUN)
 
 
 def _is_temporary(path: Path) -> bool:
@@ -190,7 +190,8 @@ def _age(path: Path) -> float:
     return time.time() - path.lstat().st_mtime
 
 
-def _garbage(path: Path, reason: str, artifact: Path | None = None) -> Garbage:
+def garbage_at(path: Path, reason: str, artifact: Path | None = None) -> Garbage:
+    """A file or a folder with everything in it."""
     return Garbage(path, reason, _size(path), artifact)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from typing import Any
@@ -22,8 +23,8 @@ class GSServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.objects: dict[tuple[str, str], tuple[bytes, int]] = {}
-        """Bucket and name -> content and generation."""
+        self.objects: dict[tuple[str, str], tuple[bytes, int, str]] = {}
+        """Bucket and name -> content, generation, when it was written."""
         self.sessions: dict[str, tuple[str, str, bool, bytearray]] = {}
         """Of resumable uploads: bucket, name, whether nothing may be there, what came so far."""
         self.lock = threading.Lock()
@@ -39,13 +40,14 @@ class GSServer(ThreadingHTTPServer):
         with self.lock:
             if only_new and (bucket, name) in self.objects:
                 return None
-            self.objects[bucket, name] = (data, next(self.numbers))
+            self.objects[bucket, name] = (data, next(self.numbers), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}")
             return self.description(bucket, name)
 
     def description(self, bucket: str, name: str) -> dict[str, str]:
         """As the protocol writes it, numbers as texts."""
-        data, generation = self.objects[bucket, name]
-        return {"bucket": bucket, "name": name, "size": str(len(data)), "generation": str(generation)}
+        data, generation, updated = self.objects[bucket, name]
+        numbers = {"size": str(len(data)), "generation": str(generation)}
+        return {"bucket": bucket, "name": name, "updated": updated, **numbers}
 
 
 class _Handler(BaseHTTPRequestHandler):

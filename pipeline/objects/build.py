@@ -24,8 +24,9 @@ from overfill.errors import UserError
 from pipeline.build import Build, outcome_of_dead, plain
 from pipeline.lease import BEAT, LeaseLost, attempt_folder, attempt_name
 from pipeline.notes import read_note, time_of
+from pipeline.objects.bucket import Bucket
 from pipeline.objects.leases import BEAT_FILE, acquire
-from pipeline.objects.mirror import ALTERED_NOTE, payload_prefix
+from pipeline.objects.mirror import ALTERED_NOTE, Listing, payload_prefix
 from pipeline.objects.site import Courier, ObjectSite, delivered_files, work_folder
 from pipeline.objects.store import ObjectStore
 from pipeline.record import RECORD_FILE, FileEntry, Record
@@ -169,6 +170,7 @@ class ObjectBuild(Build):
                 "resources": plain(self.resources),
             },
         )
+        self.store.create(self.stage)  # anew: until there was a lease, it may have been removed as garbage
         try:
             if self.store.record(self.stage) is not None:
                 return False
@@ -199,17 +201,23 @@ class ObjectBuild(Build):
 
     def _clear_leftovers(self) -> None:
         """Files of attempts that never published; those of a record that was set aside stay, for people."""
-        kept = set()
         listing = self.store.mirror.listing(self.key)
-        for key in listing:
-            if key.startswith("altered-") and key.endswith(RECORD_FILE):
-                raw = self.store.bucket.read(f"{self.key}/{key}") or b""
-                kept.add(payload_prefix(_attempt_of(raw)))
+        kept = set(set_aside(self.store.bucket, self.key, listing).values())
         left = [key for key in listing if key.startswith("payload-") and f"{key.partition('/')[0]}/" not in kept]
         self.store.bucket.remove(f"{self.key}/{key}" for key in left)
 
 
-def _attempt_of(raw: bytes) -> int:
+def set_aside(bucket: Bucket, folder: str, listing: Listing) -> dict[str, str]:
+    """`altered-0004/` -> `payload-0003/`: the altered records of an artifact, and whose files they name."""
+    records = [key for key in listing if key.startswith("altered-") and key.endswith(f"/{RECORD_FILE}")]
+    return {
+        key.removesuffix(RECORD_FILE): payload_prefix(attempt_of(bucket.read(f"{folder}/{key}") or b""))
+        for key in records
+    }
+
+
+def attempt_of(raw: bytes) -> int:
+    """The attempt that a record names; 0, which no attempt has, when it is damaged."""
     try:
         return int(json.loads(raw)["attempt"])
     except (ValueError, KeyError, TypeError):

@@ -48,7 +48,7 @@ class Folder:
                 except FileNotFoundError:
                     continue
                 version = f"{seen.st_mtime_ns}-{seen.st_size}-{seen.st_ino}"
-                yield (inside / name).as_posix(), Entry(seen.st_size, version)
+                yield (inside / name).as_posix(), Entry(seen.st_size, version, seen.st_mtime)
 
     def children(self, prefix: str) -> Iterator[str]:
         """Names in a folder."""

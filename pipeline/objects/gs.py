@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,4 +112,5 @@ class GS(remote.Remote):
 
 
 def _entry(found: dict[str, Any]) -> Entry:
-    return Entry(int(found["size"]), str(found["generation"]))
+    written = datetime.fromisoformat(found["updated"]).timestamp()
+    return Entry(int(found["size"]), str(found["generation"]), written)

@@ -4,9 +4,10 @@
                                 gets the number
     attempts/0003/beat.json     rewritten by the holder: a counter, how long it has worked, and at the end that it is over
 
-As on disk (`pipeline.lease`), nothing is ever taken out of `attempts/`, a holder is dead when its process is known to be
-gone or its counter has not moved for `TTL` seconds of the waiter's own clock, and no two clocks are compared. A holder
-learns that it was taken over at its next heartbeat, and looks once more before it publishes.
+As on disk (`pipeline.lease`), nothing is ever taken out of `attempts/` but by a collection of garbage under its lease, a
+holder is dead when its process is known to be gone or its counter has not moved for `TTL` seconds of the waiter's own
+clock, and no two clocks are compared. A holder learns that it was taken over, or removed, at its next heartbeat, and
+looks once more before it publishes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class ObjectLease(Heartbeat):
 
     def __init__(self, bucket: Bucket, attempts: str, number: int, owner: Owner, folder: Path, beat: float) -> None:
         self._bucket, self._attempts = bucket, attempts
+        self._place = f"{attempts}{attempt_name(number)}/"
+        self._body = _body(owner)
         self._lost = False
         self._began = time.monotonic()
         super().__init__(folder, number, owner, beat)
@@ -46,21 +49,36 @@ class ObjectLease(Heartbeat):
             raise LeaseLost(f"{self._bucket.url}/{self._attempts}: another process has taken over")
 
     def _look(self) -> None:
-        self._lost = self._lost or newest(self._bucket, self._attempts) != self.number
+        """Whether there is a newer attempt, or a collection of garbage has removed this one."""
+        if not self._lost:
+            there = newest(self._bucket, self._attempts) == self.number
+            self._lost = not there or self._bucket.read(self._place + LEASE) != self._body
 
     def _write(self) -> None:
-        self._put("held")
         self._look()
+        if not self._lost:  # whose attempt was removed must not leave a half of it
+            self._put("held")
 
     def _close(self) -> None:
         try:
-            self._put("over")
+            self._look()
+            if not self._lost:
+                self._put("over")
         except OSError:  # waiters will find it dead instead
             log.warning("the end of %s could not be written", self._attempts, exc_info=True)
 
+    def vanish(self) -> None:
+        """In place of `release`, for who has built nothing: the attempt is removed, as if it had never been."""
+        self._end.set()
+        self._thread.join()
+        self._look()
+        if not self._lost:
+            self._bucket.remove([self._place + BEAT_FILE])
+            self._bucket.remove([self._place + LEASE])  # last: without it the beat would be of nobody
+
     def _put(self, state: str) -> None:
         body = {"count": self._count, "seconds": time.monotonic() - self._began, "state": state}
-        self._bucket.write(f"{self._attempts}{attempt_name(self.number)}/{BEAT_FILE}", json.dumps(body).encode())
+        self._bucket.write(self._place + BEAT_FILE, json.dumps(body).encode())
 
 
 def newest(bucket: Bucket, attempts: str) -> int:
@@ -73,10 +91,13 @@ def acquire(bucket: Bucket, attempts: str, after: int, folder: Path, beat: float
 
     `folder`: of this node, for what the attempt writes down."""
     owner, number = Owner.here(), after + 1
-    body = json.dumps({"owner": asdict(owner)}).encode()
-    if not bucket.create(f"{attempts}{attempt_name(number)}/{LEASE}", body):
+    if not bucket.create(f"{attempts}{attempt_name(number)}/{LEASE}", _body(owner)):
         return None
     return ObjectLease(bucket, attempts, number, owner, folder, beat)
+
+
+def _body(owner: Owner) -> bytes:
+    return json.dumps({"owner": asdict(owner)}).encode()
 
 
 class ObjectWatch(Watch):

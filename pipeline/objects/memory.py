@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
 from pipeline.objects.protocol import Entry
 
-_STORE: dict[str, tuple[bytes, int]] = {}
-"""Place and key -> content, number of the write."""
+_STORE: dict[str, tuple[bytes, int, float]] = {}
+"""Place and key -> content, number of the write, time of it."""
 _LOCK = threading.Lock()
 _NUMBERS = count()
 
@@ -34,8 +35,8 @@ class Memory:
         """From a copy, so that others may write meanwhile."""
         with _LOCK:
             there = [item for item in _STORE.items() if item[0].startswith(self._root + prefix)]
-        for key, (data, number) in there:
-            yield key.removeprefix(self._root), Entry(len(data), str(number))
+        for key, (data, number, written) in there:
+            yield key.removeprefix(self._root), Entry(len(data), str(number), written)
 
     def children(self, prefix: str) -> Iterator[str]:
         """First parts of what is below."""
@@ -51,14 +52,14 @@ class Memory:
     def write(self, key: str, data: bytes) -> None:
         """Replaces."""
         with _LOCK:
-            _STORE[self._root + key] = (bytes(data), next(_NUMBERS))
+            _STORE[self._root + key] = (bytes(data), next(_NUMBERS), time.time())
 
     def create(self, key: str, data: bytes) -> None:
         """Under the lock."""
         with _LOCK:
             if self._root + key in _STORE:
                 raise FileExistsError("there already")
-            _STORE[self._root + key] = (bytes(data), next(_NUMBERS))
+            _STORE[self._root + key] = (bytes(data), next(_NUMBERS), time.time())
 
     def upload(self, path: Path, key: str) -> None:
         """A copy."""

@@ -5,7 +5,7 @@ Keys are relative here; a prefix ends with a slash or is empty."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,8 @@ class Entry:
     """Bytes."""
     version: str
     """Changes whenever the content does."""
+    written: float = field(compare=False)
+    """When, in seconds since the epoch, by the store's clock."""
 
 
 class Conflict(Exception):

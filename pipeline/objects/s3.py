@@ -69,7 +69,8 @@ class S3(remote.Remote):
         """From pages of a thousand."""
         for page in self._pages(prefix):
             for found in page.get("Contents", ()):
-                yield found["Key"].removeprefix(self._prefix), Entry(found["Size"], found["ETag"])
+                entry = Entry(found["Size"], found["ETag"], found["LastModified"].timestamp())
+                yield found["Key"].removeprefix(self._prefix), entry
 
     def children(self, prefix: str) -> Iterator[str]:
         """From pages of a thousand names."""
@@ -114,7 +115,7 @@ class S3(remote.Remote):
 
     def _entry(self, key: str) -> Entry:
         found = self._fs.call_s3("head_object", Bucket=self._bucket, Key=self._prefix + key)
-        return Entry(found["ContentLength"], found["ETag"])
+        return Entry(found["ContentLength"], found["ETag"], found["LastModified"].timestamp())
 
     def remove(self, keys: Sequence[str]) -> None:
         """A thousand with one request."""

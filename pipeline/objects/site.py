@@ -215,14 +215,18 @@ def work_folder(root: Path) -> Iterator[Path]:
     for name in ("staging", "progress", "attempt"):
         (work / name).mkdir(parents=True)
     write_json(work / OWNER_FILE, asdict(Owner.here()))
-    for other in parent.iterdir():
-        owner = parse_owner(read_note(other / OWNER_FILE))
-        if owner is not None and owner.is_gone():
-            shutil.rmtree(other, ignore_errors=True)
+    for other in dead_work(root):
+        shutil.rmtree(other, ignore_errors=True)
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def dead_work(root: Path) -> list[Path]:
+    """Folders of processes that have ended without removing them."""
+    owners = {path: parse_owner(read_note(path / OWNER_FILE)) for path in sorted((root / WORK).glob("*"))}
+    return [path for path, owner in owners.items() if owner is not None and owner.is_gone()]
 
 
 def delivered_files(site: ObjectSite) -> dict[str, FileEntry]:

@@ -13,6 +13,9 @@ from pipeline.objects.site import Courier, ObjectSite
 from pipeline.stage import Site
 from pipeline.training.checkpoints import MARKER, StepFolders, mark_complete, step_of, why_incomplete
 
+STEPS = ".steps"
+"""In a node's copy: step checkpoints that it goes on from."""
+
 
 @dataclass(frozen=True)
 class ObjectSteps(StepFolders):
@@ -81,7 +84,7 @@ class ObjectSteps(StepFolders):
         return found
 
     def _local(self, name: str) -> Path:
-        return Mirror(self.site.bucket).root / ".steps" / self.root.name / name
+        return Mirror(self.site.bucket).root / STEPS / self.root.name / name
 
     def _brought(self, name: str) -> str | None:
         """Bring a checkpoint to this node, unless it is there; what is wrong with it, None when it is complete."""

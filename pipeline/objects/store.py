@@ -106,10 +106,12 @@ class ObjectStore(Store):
                 key = self._claimed(stage.identity)
                 if key.rpartition("_")[2] != stage.identity:
                     raise UserError(f"{self.location}/{CLAIMS}{stage.identity}: is damaged; remove it")
+            folder = self.root / key
+        key = self.key(folder)
+        if IDENTITY_FILE not in self.mirror.listing(key):
             content = {"identity": stage.identity, "label": stage.label, "description": stage.full_description}
             self.bucket.create(f"{key}/{IDENTITY_FILE}", json.dumps(content, indent=2).encode())
             self.mirror.forget(key)
-            folder = self.root / key
         (folder / "progress").mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -50,6 +51,7 @@ def test_an_object_is_replaced_and_its_version_changes(bucket):
     assert bucket.read("a/b") == b"two"
     assert first.size == second.size == 3 and first.version != second.version
     assert bucket.list()["a/b"] == second
+    assert abs(first.written - time.time()) < 60
 
 
 def test_odd_keys_are_taken_literally(bucket, tmp_path):
