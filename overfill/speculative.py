@@ -8,7 +8,8 @@ every draft starts from a cache that is entirely the full model's.
 
 Rows of a batch accept different numbers of tokens, so each stands at a column of its own. Processors and criteria see
 each row's true prefix: they are called once per distinct length, and what they say of rows of another length is left
-out. They see drafts that are thrown away, so they must be functions of the prefix alone, without a memory.
+out. End tokens and the greatest length need no such calls: they are looked for in all rows at once. Processors and
+criteria see drafts that are thrown away, so they must be functions of the prefix alone, without a memory.
 
 How many tokens to draft: the number that maximises the expected tokens per time (arXiv 2211.17192, theorem 3.8),
 `(1 - a^(k+1)) / ((1 - a) (1 + c k))`, with a the acceptance probability seen so far and c the bytes of the student's
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from overfill.decode_loop import GenerationRequest, TwoStageOutput, choose, start
@@ -112,7 +114,28 @@ class Rows:
         return self.unfinished & ~torch.isin(self.ids.gather(1, columns), ends.to(self.ids.device)).any(1)
 
     def append(self, tokens: Tensor, counts: Tensor) -> None:
-        """Append the first `counts` [B] of tokens [B, N] to each unfinished row, one by one, until it ends."""
+        """Append the first `counts` [B] of tokens [B, N] to each unfinished row, until it ends.
+
+        Where rows end by an end token or by their length alone, all at once and without waiting for the device;
+        any other criterion wants to be asked about every prefix."""
+        if all(type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in self.request.criteria):
+            self._append_at_once(tokens, counts)
+        else:
+            self._append_one_by_one(tokens, counts)
+
+    def _append_at_once(self, tokens: Tensor, counts: Tensor) -> None:
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        ends = (self.lengths[:, None] + index + 1) >= self.width + self.request.max_new_tokens
+        if (end_tokens := self.request.config._eos_token_tensor) is not None:
+            ends = ends | torch.isin(tokens, end_tokens.to(tokens.device))
+        after_end = (ends.cumsum(1) - ends.long()) > 0
+        written = self.unfinished[:, None] & (index < counts[:, None]) & ~after_end
+        columns = self.lengths[:, None] + index
+        self.ids.scatter_(1, columns, torch.where(written, tokens, self.ids.gather(1, columns)))
+        self.lengths = self.lengths + written.sum(1)
+        self.unfinished = self.unfinished & ~(written & ends).any(1)
+
+    def _append_one_by_one(self, tokens: Tensor, counts: Tensor) -> None:
         for step in range(tokens.shape[1]):
             rows = self.unfinished & (step < counts)
             if not bool(rows.any()):

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import EOS, KINDS, PAD, full_model, student_model
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from overfill.engine import Engine
@@ -201,6 +203,39 @@ def test_no_processor_sees_text_that_goes_on_after_its_end() -> None:
             full_width = torch.cat([pad, short], dim=1)
             found = generate(engine, full_width, exact=True, draft_tokens=6, **options)
             assert torch.equal(found, generate(Engine(FULL, FULL), full_width, **options))
+
+
+class Silent(StoppingCriteria):
+    """Ends nothing, and counts how often it is asked; `overfill` cannot know that."""
+
+    asked = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        self.asked += 1
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("eos", [None, 7, list(range(3, 12)), list(range(3, 41))])
+@pytest.mark.parametrize("draft_tokens", [1, 4, None])
+def test_rows_that_end_all_at_once_end_where_they_would_one_by_one(eos: Any, draft_tokens: int | None) -> None:
+    engine = Engine(full_model("llama"), close_student("llama"))
+    options = {"attention_mask": MASK, "max_new_tokens": 11, "eos_token_id": eos, "pad_token_id": PAD}
+    options |= {"exact": True, "draft_tokens": draft_tokens, "return_dict_in_generate": True, "output_scores": True}
+    silent = Silent()
+    at_once = generate(engine, PROMPTS, **options)
+    one_by_one = generate(engine, PROMPTS, **options, stopping_criteria=StoppingCriteriaList([silent]))
+    assert silent.asked > 0
+    assert torch.equal(at_once.sequences, one_by_one.sequences)
+    assert (at_once.drafted, at_once.accepted) == (one_by_one.drafted, one_by_one.accepted)
+    assert len(at_once.scores) == len(one_by_one.scores)
+    assert all(map(torch.equal, at_once.scores, one_by_one.scores))
+
+
+def test_end_tokens_and_lengths_are_not_asked_about_prefix_by_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EosTokenCriteria, "__call__", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(MaxLengthCriteria, "__call__", lambda *_, **__: pytest.fail("asked"))
+    found = generate(ENGINE, PROMPTS, exact=True, attention_mask=MASK, max_new_tokens=9, eos_token_id=EOS)
+    assert found.shape[1] <= PROMPTS.shape[1] + 9
 
 
 def test_models_of_two_dtypes_are_refused() -> None:
