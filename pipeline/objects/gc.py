@@ -9,10 +9,11 @@ again. The lease is that of an attempt that vanishes afterwards, so nobody reads
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -36,10 +37,10 @@ from pipeline.gc import (
     older,
     print_garbage,
 )
-from pipeline.lease import LeaseLost, attempt_name
+from pipeline.lease import BEAT, TTL, LeaseLost, attempt_name, host_key
 from pipeline.needed import Needed, identity_of
 from pipeline.objects.build import attempt_of, set_aside
-from pipeline.objects.leases import ObjectLease, acquire
+from pipeline.objects.leases import BEAT_FILE, ObjectLease, acquire
 from pipeline.objects.mirror import SEGMENTS, Listing, locked, payload_prefix
 from pipeline.objects.site import WORK, dead_work, work_folder
 from pipeline.objects.steps import STEPS
@@ -48,8 +49,12 @@ from pipeline.record import RECORD_FILE
 from pipeline.store import IDENTITY_FILE
 from pipeline.training.checkpoints import MARKER
 
+log = logging.getLogger(__name__)
+
 LOOKS = 8
 """Artifacts that are looked at at once."""
+WATCH_S = BEAT
+"""Between two looks at who builds."""
 NO_ORIGINAL = "copy of what is not in the bucket any more"
 OF_PROCESS = "left by a process that has ended"
 _NO_KINDS = ("sweeps", "tune")
@@ -87,7 +92,7 @@ def collect_garbage(store: ObjectStore, delete: bool, keep_checkpoints: int, con
 
 def _collect_garbage(store: ObjectStore, delete: bool, keep_checkpoints: int, console: Console) -> None:
     before = experiment_versions(store)
-    found, copies = collect(store, before, keep_checkpoints)
+    found, copies = collect(store, before, keep_checkpoints, lambda text: console.print(text, highlight=False))
     gone, dropped = found, copies
     if delete:
         dropped = [copy for copy in copies if _drop(store, copy.path)]
@@ -106,11 +111,12 @@ def experiment_versions(store: ObjectStore) -> dict[str, str]:
 
 
 def collect(
-    store: ObjectStore, experiments: Iterable[str], keep_checkpoints: int = 1
+    store: ObjectStore, experiments: Iterable[str], keep_checkpoints: int = 1, say: Callable[[str], object] = log.info
 ) -> tuple[list[ObjectGarbage], list[Garbage]]:
     """Everything that can go from the bucket, and from this node's copy of it, largest first.
 
-    `experiments` are the keys of experiment files. Raises UserError for one that cannot be read."""
+    `experiments` are the keys of experiment files; `say` is told of a wait. Raises UserError for one that cannot be
+    read."""
     store.bring(store.root / "sweeps", EXPERIMENT_FILE)
     kinds = [name for name in store.bucket.names() if re.match("[a-z]", name) and name not in _NO_KINDS]
     found: list[ObjectGarbage] = []
@@ -118,7 +124,7 @@ def collect(
         keys = list(_artifacts(store, kinds))
         with ThreadPoolExecutor(LOOKS) as pool:
             list(pool.map(store.mirror.refresh, keys))
-        held = {key for key in keys if store.sighting(store.root / key).state == "held"}
+        held = _held(store, keys, say)
         needed = Needed.of(
             [store.root / key for key in experiments],
             [store.root / key for key in held],
@@ -162,6 +168,35 @@ def _artifacts(store: ObjectStore, kinds: Iterable[str]) -> Iterator[str]:
             filled = IDENTITY_FILE in listing or any(key.startswith("attempts/") for key in listing)
             if filled and identity_of(Path(name)):
                 yield f"{kind}/{name}"
+
+
+def _held(store: ObjectStore, keys: Iterable[str], say: Callable[[str], object]) -> set[str]:
+    """Artifacts that somebody builds.
+
+    Of a holder on another host only time can tell whether it lives, and whoever collects the garbage of a bucket is on
+    another one as a rule: so it is watched until its counter moves, or for as long as it takes to find it dead."""
+    seen = {key: store.sighting(store.mirror.local(key)) for key in keys}
+    held = {key for key, one in seen.items() if one.state == "held"}
+    owners = {key: seen[key].owner for key in held}
+    watched = {key: _beat(store, key) for key, owner in owners.items() if owner is None or owner.host != host_key()}
+    if watched:
+        say(f"being built on other hosts: {len(watched)}; waiting for a sign of life, {TTL:.0f} s at most")
+    while watched:
+        time.sleep(WATCH_S)
+        for key, beat in list(watched.items()):
+            store.mirror.forget(key)
+            if store.sighting(store.mirror.local(key)).state != "held":
+                held.discard(key)
+                del watched[key]
+            elif _beat(store, key) != beat:
+                del watched[key]
+    return held
+
+
+def _beat(store: ObjectStore, key: str) -> dict[str, str]:
+    """Changes with every heartbeat."""
+    listing = store.mirror.listing(key).items()
+    return {name: entry.version for name, entry in listing if name.endswith(f"/{BEAT_FILE}")}
 
 
 def _leftovers(store: ObjectStore, key: str, keep_checkpoints: int) -> list[ObjectGarbage]:

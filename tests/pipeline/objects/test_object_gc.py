@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,44 @@ def test_what_is_being_built_stays_with_its_inputs(store: ObjectStore):
     building.interrupt("enough")
     building.release()
     assert {one.place.split("/")[0] for one in collected(store)} == {"prune", "distill"}
+
+
+def elsewhere(store: ObjectStore) -> str:
+    """Somebody on another host builds it; returns the key of its folder."""
+    key = store.key(store.create(UNKNOWN))
+    owner = {"host": "elsewhere/1/2", "pid": 7, "started": 1, "token": "a"}
+    store.bucket.write(f"{key}/attempts/0001/lease.json", json.dumps({"owner": owner}).encode())
+    return key
+
+
+def test_who_builds_on_another_host_is_given_time_for_a_sign_of_life(
+    store: ObjectStore, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    key, beats = elsewhere(store), count()
+    beat = lambda _: store.bucket.write(f"{key}/attempts/0001/beat.json", b'{"count": %d}' % next(beats))  # noqa: E731
+    monkeypatch.setattr(gc.time, "sleep", beat)
+    assert "being built on other hosts: 1; waiting for a sign of life" in (listed := run(store, capsys))
+    assert "--delete removes 0 items" in listed
+    assert next(beats) == 1
+
+
+def test_a_silent_holder_on_another_host_is_found_dead(store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gc, "WATCH_S", 0.02)
+    waiter = ObjectStore(store.location, ttl=0.1)
+    key = elsewhere(store)
+    assert delete(waiter) == [f"{key}/"]
+    assert store.bucket.list(f"{key}/") == {}
+
+
+def test_on_a_real_protocol(on_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr("pipeline.objects.mirror.LISTING_S", 0.0)
+    store = ObjectStore(on_s3)
+    publish(store, UNKNOWN)
+    store.interrupt_flag().ask("Ctrl-C")
+    monkeypatch.setattr(gc, "STALE_S", -60.0)
+    assert len(delete(store)) == 2
+    assert store.bucket.list() == {}
 
 
 def test_an_artifact_that_is_taken_up_between_listing_and_removing_stays(store: ObjectStore):
