@@ -181,7 +181,8 @@ class _Chain:
         if hit is not None:
             self.finished |= before
             self.starts = 0
-            self.left += [Left.of(folder) for stage in STEPS for folder in self.place.artifacts(stage)]
+            now = [Left.of(folder) for stage in STEPS for folder in self.place.artifacts(stage)]
+            self.left = expected_after(self.left, now, injection.fault.tears)
         return hit
 
     def _keep_going(self, stage: str) -> bool:
@@ -226,6 +227,14 @@ class _Chain:
             if name_of(left.folder) not in damaged and began and began[0] < left.step:
                 problems.append(f"{name_of(left.folder)} went on from step {began[0]}, and step {left.step} was saved")
         self.outcome.problems += problems
+
+
+def expected_after(before: list[Left], now: list[Left], torn: bool) -> list[Left]:
+    """What is known of where trainings must go on, with what a fault has left them.
+
+    A fault that tears a step checkpoint takes back what was expected of a training that has not begun again since."""
+    replaced = {(left.folder, left.starts) for left in now} if torn else set()
+    return [left for left in before if (left.folder, left.starts) not in replaced] + now
 
 
 def _left(place: Place) -> list[tuple[int, str]]:

@@ -60,6 +60,8 @@ class Fault:
     """Least step at which it strikes, of a stage that trains; 0: at any time of the stage."""
     kind: Kind = "plain"
     """What it needs around the run."""
+    tears: bool = False
+    """Whether it damages a step checkpoint: training cannot go on from there."""
     early: bool = False
     """Of stages that train: only in their first seconds is there something to hit."""
 
@@ -284,8 +286,8 @@ FAULTS = (
     Fault("SIGTERM", STAGES, terminate),
     Fault("Ctrl-C", STAGES, interrupt),
     Fault("second Ctrl-C", STAGES, interrupt_twice),
-    Fault("truncated step checkpoint", TRAINED, truncate_checkpoint, at_step=5),
-    Fault("lost file of a step checkpoint", TRAINED, lose_checkpoint_file, at_step=5),
+    Fault("truncated step checkpoint", TRAINED, truncate_checkpoint, at_step=5, tears=True),
+    Fault("lost file of a step checkpoint", TRAINED, lose_checkpoint_file, at_step=5, tears=True),
     Fault("flipped byte in a token shard", WORKERS, flip_in_shards),
     Fault("flipped byte in a student", ("distill", "evaluate"), flip_in_student),
     Fault("two drivers at once", STAGES, start_second_driver),

@@ -17,8 +17,8 @@ from synthetic_store import SyntheticStore, toy_cells
 from pipeline.experiment import Experiment, keep_experiment
 from pipeline.lease import acquire
 from tests.faults import tally
-from tests.faults.chain import Injection, Outcome, draw_chain, kind_of
-from tests.faults.place import STAGES, STEPS, Driver, Place, name_of
+from tests.faults.chain import Injection, Outcome, draw_chain, expected_after, kind_of
+from tests.faults.place import STAGES, STEPS, Driver, Left, Place, name_of
 from tests.faults.strikes import FAULTS, Target, flip_in_student
 from tests.faults.surroundings import Surroundings, WithClock
 from tests.faults.tally import Verdict
@@ -104,6 +104,14 @@ def test_what_was_injected_seldom_is_drawn_rather():
     injected = {fault.name: 10 for fault in FAULTS} | {"disk full": 1, "SIGTERM": 1}
     drawn = Counter(one.fault.name for seed in range(50) for one in draw_chain(Random(seed), 5, FAULTS, injected))
     assert {name for name, _ in drawn.most_common(2)} == {"disk full", "SIGTERM"}
+
+
+def test_a_torn_checkpoint_takes_back_what_was_expected_of_a_training_that_has_not_begun_since():
+    saved, torn, again = (Left(Path("distill/a"), *numbers) for numbers in ((1, 12), (1, 8), (2, 8)))
+    other = Left(Path("teacher/a"), 1, 16)
+    assert expected_after([saved, other], [torn], torn=True) == [other, torn]
+    assert expected_after([saved, other], [again], torn=True) == [saved, other, again]
+    assert expected_after([saved], [torn], torn=False) == [saved, torn]
 
 
 def test_both_cells_of_two_must_have_a_stage_and_the_open_one_is_damaged(tmp_path):
