@@ -285,6 +285,7 @@ def test_a_kill_at_any_moment_leaves_nothing_that_is_taken_for_whole(
     store.bucket.write(f"{step}/{MARKER}", b'{"ranks": 1}')
     store.bucket.write(f"{step}/rank-00000.json", b'{"files": {}}')
     shutil.copytree(place, tmp_path / "with it")
+    kept = 0
     for kept in range(100):
         shutil.rmtree(place)
         shutil.copytree(tmp_path / "with it", place)
@@ -424,7 +425,8 @@ def test_requests_to_end_go_when_they_are_old_and_nobody_builds(store: ObjectSto
     for flag in (old, young):
         flag.ask("Ctrl-C")
     (key, _) = sorted(store.bucket.list("tune/"))
-    os.utime(tmp_path / "bucket" / key, (time.time() - 2 * gc.STALE_S,) * 2)
+    then = time.time() - 2 * gc.STALE_S
+    os.utime(tmp_path / "bucket" / key, (then, then))
     build = begin(store, UNKNOWN)
     assert collected(store) == []
     killed(build)
