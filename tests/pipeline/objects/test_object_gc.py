@@ -219,10 +219,11 @@ def test_a_builder_that_begins_with_old_news_after_the_removal_builds_a_whole_ar
     publish(store, UNKNOWN)
     key = store.key(store.folder(UNKNOWN))
     facts = Facts(artifact="missing", attempt=1)
-    listing = store.mirror.names("teacher")
+    names, listing = store.mirror.names("teacher"), store.mirror.listing(key)
     assert delete(store) == [f"{key}/"]
     late = ObjectStore(store.location)
-    late.mirror._names["teacher"] = (float("inf"), listing)  # it had looked before
+    late.mirror._names["teacher"] = (float("inf"), names)  # it had looked before
+    late.mirror._listings[key] = (float("inf"), listing)
     build = begin(late, UNKNOWN, facts)
     deliver(build)
     build.publish({})
@@ -242,6 +243,23 @@ def test_whoever_wakes_up_when_all_is_removed_has_lost_its_lease_and_leaves_noth
         sleeper.publish({})
     killed(sleeper)
     assert store.bucket.list(f"{sleeper.key}/") == {}
+
+
+def test_whoever_wakes_up_when_another_has_its_number_has_lost_its_lease(store: ObjectStore):
+    sleeper = begin(store, UNKNOWN)
+    successor = begin(store, UNKNOWN, Facts(lease="dead", attempt=1))
+    successor.interrupt("preempted")
+    successor.release()
+    assert len(delete(store)) == 1
+    other = begin(store, UNKNOWN)
+    assert other.lease.number == sleeper.lease.number
+    with pytest.raises(lease.LeaseLost):
+        sleeper.lease.require()
+    killed(sleeper)
+    deliver(other)
+    other.publish({})
+    other.release()
+    assert store.verify(UNKNOWN) is not None
 
 
 def test_an_experiment_that_begins_meanwhile_ends_the_removal(store: ObjectStore):
