@@ -352,9 +352,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        if (full := disk_full(error)) is None:
+        said = disk_full(error) or (error if "://" in str(error.filename) else None)  # a store that is away
+        if said is None:
             raise
-        sys.stderr.write(f"overfill: {full}\n")
+        sys.stderr.write(f"overfill: {said}\n")
         sys.exit(2)
 
 

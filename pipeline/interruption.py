@@ -69,10 +69,17 @@ class Interruption:
         # In a thread: whatever lock the terminal or the store needs may be held by the code that this has interrupted.
         threading.Thread(target=self._wait, name="grace period", daemon=True).start()
 
+    def _what_runs(self) -> str:
+        try:
+            return ", ".join(self._waiting_for()) or "what runs"
+        except OSError:  # it is for a message alone
+            log.warning("what runs cannot be seen", exc_info=True)
+            return "what runs"
+
     def _wait(self) -> None:
         try:
             self.flag.ask()
-            what = ", ".join(self._waiting_for()) or "what runs"
+            what = self._what_runs()
             self._say(f"asked to end: waiting up to {self._grace_s:g} s for {what}; a second Ctrl-C ends at once")
             self._over.wait(self._grace_s)
         except Exception:  # a full disk, say: nobody can be asked, so there is nothing to wait for

@@ -28,6 +28,8 @@ from pipeline.store import AlteredArtifact, Store
 
 log = logging.getLogger(__name__)
 
+OUTAGE_S = 300.0
+"""How long a service of objects may be away, beyond its client's own retries."""
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -115,7 +117,7 @@ def run_graph(
     told: set[tuple[str, str]] = set()
     explain = True  # comparing with every artifact takes a while: not at every look while waiting
     while True:
-        facts = store.gather(targets, explain)
+        facts = _gather(store, targets, explain, context)
         actions = plan(targets, facts, targets, continue_stopped=context.continue_stopped, before=before)
         _raise_refusals(actions, facts)
         _tell(actions, store, context, told)
@@ -132,6 +134,19 @@ def run_graph(
         else:
             _wait(actions, context)
             explain = False
+
+
+def _gather(store: Store, targets: Sequence[Stage], explain: bool, context: RunContext) -> dict[str, Facts]:
+    """The facts; a service of objects that is away for minutes ends no cell that only waits."""
+    deadline = time.monotonic() + (OUTAGE_S if isinstance(store, ObjectStore) else 0.0)
+    while True:
+        try:
+            return store.gather(targets, explain)
+        except OSError as error:
+            if time.monotonic() >= deadline or context.stop_requested() or isinstance(error, PermissionError):
+                raise
+            log.warning("the store cannot be looked at, and is again in a moment: %s", error)
+            time.sleep(context.poll)
 
 
 def _raise_refusals(actions: Sequence[Action], facts: Mapping[str, Facts]) -> None:

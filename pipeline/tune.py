@@ -102,7 +102,8 @@ def run_cells(
     """Run every cell up to its stages of the names `leaves`; a failing one does not take the others with it.
 
     When `interrupt` is raised, what runs saves its position and ends, and the rest does not begin."""
-    tasks = [_Task(cell, store.ended_attempts(cell.stages)) for cell in cells]
+    with store.look_once(stage for cell in cells for stage in cell.stages):
+        tasks = [_Task(cell, store.ended_attempts(cell.stages)) for cell in cells]
     chunks = [ray.put(tasks[start : start + CHUNK]) for start in range(0, len(tasks), CHUNK)]
     job = _Job(chunks, store.location, resources, asha is not None, continue_stopped, leaves, interrupt)
     place = tune.PlacementGroupFactory([driver_bundle(resources.drivers)])
@@ -181,9 +182,15 @@ def _report_curve(cell: Cell, store: Store, done: threading.Event) -> None:
         return
     curve: Curve | None = None
     while not done.wait(_POLL_S):
-        if curve is None and store.find(stage.identity) is not None:
-            curve = Curve(store.progress(stage) / "metrics.jsonl")
-        for point in curve.update() if curve is not None else ():
+        try:
+            if store.find(stage.identity, stage.name) is None:
+                continue
+            progress = store.progress(stage)  # at every look: where the store is no folder, it is brought up to date
+        except OSError as error:
+            log.warning("the curve of %s cannot be looked at: %s", cell.label, error)
+            continue
+        curve = curve or Curve(progress / "metrics.jsonl")
+        for point in curve.update():
             if RUNG_METRIC in point.metrics:
                 tune.report({"step": point.step, RUNG_METRIC: point.metrics[RUNG_METRIC], "cell": cell.index})
 
@@ -234,4 +241,7 @@ def request_stop(cell: Cell, store: Store, reason: str) -> None:
     """Ask the cell's distillation to save its position and end."""
     stage = cell.stage("distill")
     if stage is not None and store.find(stage.identity) is not None:
-        store.stop_flag(stage).ask(reason)
+        try:
+            store.stop_flag(stage).ask(reason)
+        except OSError as error:  # the next rung asks again
+            log.warning("%s could not be asked to end: %s", cell.label, error)

@@ -84,7 +84,8 @@ class Bucket:
         """All objects below `prefix`, which ends with a slash or is empty; sorted by key."""
         with self._errors(prefix):
             found = dict(self._objects.walk(_prefix(prefix)))
-        return {key: found[key] for key in sorted(found) if not key.endswith("/")}  # consoles leave `folder/` behind
+        # Consoles leave `folder/` behind, and a key may hold `..`, which would be a place outside of any copy.
+        return {key: found[key] for key in sorted(found) if not key.endswith("/") and _is_key(key)}
 
     def names(self, prefix: str = "") -> list[str]:
         """Names directly below `prefix`, of objects and of folders alike; sorted."""
@@ -215,9 +216,13 @@ def _number(error: Exception) -> int:
 
 def _key(key: str) -> str:
     """The key itself. Raises ValueError for one that a file system would read as another."""
-    if not key or key.startswith("/") or str(PurePosixPath(key)) != key or ".." in key.split("/"):
+    if not _is_key(key):
         raise ValueError(f"not a key: {key!r}")
     return key
+
+
+def _is_key(key: str) -> bool:
+    return bool(key) and not key.startswith("/") and str(PurePosixPath(key)) == key and ".." not in key.split("/")
 
 
 def _prefix(prefix: str) -> str:

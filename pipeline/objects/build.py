@@ -2,8 +2,8 @@
 
 Publishing, in this order: every process has delivered its files and then a list of them with digests
 (`pipeline.objects.site`); the bucket's own list of names and sizes is compared; the lease is looked at; the record is
-created where none is. A process that dies anywhere before leaves files that no record names, which the next attempt
-removes. A loser of the lease that wakes up between the last two steps either creates the record, of whole files under
+created where none is. A process that dies anywhere before leaves files that no record names, which the next one to
+publish removes. A loser of the lease that wakes up between the last two steps either creates the record, of whole files under
 its own attempt's name, or finds that there is one.
 """
 
@@ -120,11 +120,22 @@ class ObjectBuild(Build):
         ):
             raise LeaseLost(f"{self.key}: was published meanwhile")
         self._end("done")
-        used_up = [key for key in listing if key.startswith("progress/") and key.count("/") > 1]
-        lists = self.site.delivered.removeprefix(f"{self.key}/")
-        used_up += [key for key in listing if key.startswith(lists)]
-        self.store.bucket.remove(f"{self.key}/{key}" for key in used_up if not key.startswith(_KEPT))
+        try:
+            self._clear()
+        except OSError:  # the artifact is there; gc removes what is left
+            log.warning("what %s does not need any more could not be removed", self.key, exc_info=True)
         return record
+
+    def _clear(self) -> None:
+        """What nobody needs once the record is there: step checkpoints, shards, lists of what was delivered, and files of
+        attempts that never published. Not before: who has lost its lease may publish until then. Files of a record that
+        was set aside stay, for people."""
+        listing = self.store.mirror.listing(self.key)
+        kept = {payload_prefix(self.lease.number), *set_aside(self.store.bucket, self.key, listing).values()}
+        used_up = [key for key in listing if key.startswith("payload-") and f"{key.partition('/')[0]}/" not in kept]
+        used_up += [key for key in listing if key.startswith("progress/") and key.count("/") > 1]
+        used_up += [key for key in listing if "/delivered/" in key]
+        self.store.bucket.remove(f"{self.key}/{key}" for key in used_up if not key.startswith(_KEPT))
 
     def _files(self) -> dict[str, FileEntry]:
         return delivered_files(self.site)
@@ -135,17 +146,29 @@ class ObjectBuild(Build):
 
     def release(self) -> None:
         """Give the lease back; an attempt that has no outcome yet was interrupted. A second call does nothing."""
-        super().release()
-        self.work.close()
-        self.store.mirror.forget(self.key)
+        try:
+            super().release()
+        finally:
+            self.lease.release()
+            self.work.close()
+            self.store.mirror.forget(self.key)
         try:
             self.store.mirror.refresh(self.key)
         except OSError:  # only the copy of the log is missing
             log.warning("%s cannot be looked at", self.key, exc_info=True)
 
-    def _abandon(self, status: Outcome, error: str) -> None:
+    def _end(self, status: Outcome, error: str = "") -> None:
         try:
-            self.site.clear_staging()
+            super()._end(status, error)
+        except OSError:  # what the function raised is more important; the next attempt finds this one dead
+            log.warning("how attempt %d of %s ended could not be written", self.lease.number, self.key, exc_info=True)
+
+    def _abandon(self, status: Outcome, error: str) -> None:
+        """An error or a signal may come when the record is there already, or its answer was lost: then files stay."""
+        try:
+            raw = self.store.bucket.read(f"{self.key}/{RECORD_FILE}")
+            if raw is None or attempt_of(raw) != self.lease.number:
+                self.site.clear_staging()
         except OSError:  # nothing names these files, and the next attempt removes them
             log.warning("what %s has delivered could not be removed", self.key, exc_info=True)
         self._end(status, error)
@@ -176,7 +199,6 @@ class ObjectBuild(Build):
                 return False
         except AlteredArtifact as error:
             self._set_aside(error)
-        self._clear_leftovers()
         self.store.bucket.remove([f"{self.key}/progress/{STOPPED_FILE}"])
         return True
 
@@ -198,13 +220,6 @@ class ObjectBuild(Build):
         bucket.remove([f"{self.key}/{RECORD_FILE}", f"{self.key}/{ALTERED_NOTE}"])
         self.store.mirror.forget(self.key)
         log.warning("%s; its record is set aside as %s", error, aside)
-
-    def _clear_leftovers(self) -> None:
-        """Files of attempts that never published; those of a record that was set aside stay, for people."""
-        listing = self.store.mirror.listing(self.key)
-        kept = set(set_aside(self.store.bucket, self.key, listing).values())
-        left = [key for key in listing if key.startswith("payload-") and f"{key.partition('/')[0]}/" not in kept]
-        self.store.bucket.remove(f"{self.key}/{key}" for key in left)
 
 
 def set_aside(bucket: Bucket, folder: str, listing: Listing) -> dict[str, str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from typing import Any
 
 from overfill.errors import UserError
 from pipeline.fingerprint import digest_file, remember_digest
+from pipeline.lease import host_key
 from pipeline.objects.bucket import Bucket, Entry
 from pipeline.record import RECORD_FILE, Record, read_json, write_json, write_text
 
@@ -48,6 +50,7 @@ _NOTE = re.compile(
 )
 _OUTLINE = re.compile(r"progress/(?:shards/[^/]+/[^/]+\.json|[^/]+/step-[^/]+/.+)")
 """What a look needs the name and size of, and nobody reads here."""
+_ATTEMPT = re.compile(r"attempts/(\d+)/")
 _LOG = re.compile(r"attempts/(\d+)/[^/]+\.(?:txt|log)")
 
 Listing = Mapping[str, Entry]
@@ -76,9 +79,10 @@ class Mirror:
         self.root = cache_root() / hashlib.sha256(bucket.url.encode()).hexdigest()[:12]
         self._listings: dict[str, tuple[float, Listing]] = {}
         self._names: dict[str, tuple[float, list[str]]] = {}
-        self._seen: dict[str, dict[str, str]] = {}
-        self._held, self._held_since = 0, 0.0
-        self._lock = threading.Lock()
+        self._seen: dict[str, Listing] = {}
+        self._whole: dict[str, float] = {}
+        self._contents: dict[str, tuple[str, bytes | None]] = {}
+        self._look = threading.local()
 
     # --- looking
 
@@ -98,7 +102,20 @@ class Mirror:
         return known[1]
 
     def _believed(self, looked: float) -> bool:
-        return time.monotonic() - looked < LISTING_S or (self._held > 0 and looked >= self._held_since)
+        """Whether a listing is recent, or no older than the look that this thread is in."""
+        began: float | None = getattr(self._look, "began", None)
+        return time.monotonic() - looked < LISTING_S or (began is not None and looked >= began)
+
+    def content(self, folder: str, key: str) -> bytes | None:
+        """What is in an object of an artifact's folder, read again only when its version is another one."""
+        entry = self.listing(folder).get(key)
+        if entry is None:
+            return None
+        known = self._contents.get(f"{folder}/{key}")
+        if known is None or known[0] != entry.version:
+            known = (entry.version, self.bucket.read(f"{folder}/{key}"))
+            self._contents[f"{folder}/{key}"] = known
+        return known[1]
 
     def forget(self, folder: str) -> None:
         """Look again the next time: something was written here."""
@@ -107,24 +124,26 @@ class Mirror:
 
     @contextmanager
     def one_look(self, kinds: Iterable[str] = ()) -> Iterator[None]:
-        """Inside, everything is looked at once; of these kinds all artifacts at once, with few requests."""
-        began = time.monotonic()
-        for kind in kinds:
-            by_folder: dict[str, dict[str, Entry]] = {}
-            for key, entry in self.bucket.list(f"{kind}/").items():
-                folder, _, rest = key.removeprefix(f"{kind}/").partition("/")
-                by_folder.setdefault(folder, {})[rest] = entry
-            now = time.monotonic()
-            self._names[kind] = (now, sorted(by_folder))
-            self._listings |= {f"{kind}/{name}": (now, found) for name, found in by_folder.items()}
-        with self._lock:
-            self._held_since = self._held_since if self._held else began
-            self._held += 1
+        """Inside, this thread looks at everything once; of these kinds at all artifacts, with few requests."""
+        outer: float | None = getattr(self._look, "began", None)
+        self._look.began = began = time.monotonic() if outer is None else outer
         try:
+            for kind in kinds:
+                if self._whole.get(kind, -math.inf) < began:
+                    self._list_whole(kind)
             yield
         finally:
-            with self._lock:
-                self._held -= 1
+            self._look.began = outer
+
+    def _list_whole(self, kind: str) -> None:
+        looked = time.monotonic()
+        by_folder: dict[str, dict[str, Entry]] = {}
+        for key, entry in self.bucket.list(f"{kind}/").items():
+            folder, _, rest = key.removeprefix(f"{kind}/").partition("/")
+            by_folder.setdefault(folder, {})[rest] = entry
+        self._names[kind] = (looked, sorted(by_folder))
+        self._listings |= {f"{kind}/{name}": (looked, found) for name, found in by_folder.items()}
+        self._whole[kind] = looked
 
     # --- notes
 
@@ -135,45 +154,56 @@ class Mirror:
     def refresh(self, folder: str) -> Path:
         """Bring the notes of an artifact's folder up to date; returns their place."""
         local, listing = self.local(folder), self.listing(folder)
-        newest = max((int(key.split("/")[1]) for key in listing if key.startswith("attempts/")), default=0)
-        wanted = {key: entry.version for key, entry in listing.items() if _wanted(key, newest)}
+        looked = self._listings[folder][0]
+        attempts = (_ATTEMPT.match(key) for key in listing)
+        newest = max((int(match[1]) for match in attempts if match), default=0)
+        wanted = {key: entry for key, entry in listing.items() if _wanted(key, newest)}
         if self._seen.get(folder) == wanted and local.is_dir():
             return local
         local.mkdir(parents=True, exist_ok=True)
         with locked(local / ".lock"):
-            self._update(folder, local, wanted, {key: listing[key].size for key in wanted})
-        self._seen[folder] = wanted
+            if self._update(folder, local, wanted, looked):
+                self._seen[folder] = wanted
         return local
 
-    def _update(self, folder: str, local: Path, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+    def _update(self, folder: str, local: Path, wanted: Listing, looked: float) -> bool:
+        """Whether it was done: another process of this node may have looked later, and its look stays."""
         versions: dict[str, Any] = _readable(local / _VERSIONS)
+        host, last = versions.pop("", [None, 0.0])
+        if host == host_key() and last > looked:
+            return False
+        before = dict(versions)
         if not (local / METRICS).exists():
             versions = {key: value for key, value in versions.items() if not key.startswith(SEGMENTS)}
-        before = dict(versions)
-        for key, version in sorted(wanted.items()):
-            segment = key.startswith(SEGMENTS)
-            known = versions.get(key)
-            if known is not None and known[0] == version and (segment or (local / key).exists()):
-                continue
-            (local / key).parent.mkdir(parents=True, exist_ok=True)
-            if _is_outline(key):
-                os.truncate(_touched(local / key), sizes[key])
-                versions[key] = [version, 0]
-                continue
-            content = self.bucket.read(f"{folder}/{key}")
-            if content is None:
-                continue
-            if segment:
-                _append(local / METRICS, content[known[1] if known else 0 :])
-            else:
-                write_text(local / key, content.decode("utf-8", "replace"))
-            versions[key] = [version, len(content)]
-        for key in [key for key in versions if key not in wanted and not key.startswith(SEGMENTS)]:
-            if not _LOG.fullmatch(key):  # logs of earlier attempts stay
-                _remove(local / key, local)
-                del versions[key]
-        if versions != before:
-            write_json(local / _VERSIONS, versions)
+        try:
+            for key, entry in sorted(wanted.items()):
+                self._bring(folder, local, key, entry, versions)
+            for key in [key for key in versions if key not in wanted and not key.startswith(SEGMENTS)]:
+                if not _LOG.fullmatch(key):  # logs of earlier attempts stay
+                    _remove(local / key, local)
+                    del versions[key]
+        finally:  # what was appended is not to be appended again
+            if versions != before:
+                write_json(local / _VERSIONS, versions | {"": [host_key(), looked]})
+        return True
+
+    def _bring(self, folder: str, local: Path, key: str, entry: Entry, versions: dict[str, Any]) -> None:
+        segment, known = key.startswith(SEGMENTS), versions.get(key)
+        if known is not None and known[0] == entry.version and (segment or (local / key).exists()):
+            return
+        (local / key).parent.mkdir(parents=True, exist_ok=True)
+        if _is_outline(key):
+            os.truncate(_touched(local / key), entry.size)
+            versions[key] = [entry.version, 0]
+            return
+        content = self.bucket.read(f"{folder}/{key}")
+        if content is None:
+            return
+        if segment:
+            _append(local / METRICS, content[known[1] if known else 0 :])
+        else:
+            write_text(local / key, content.decode("utf-8", "replace"))
+        versions[key] = [entry.version, len(content)]
 
     # --- payloads
 
@@ -293,6 +323,13 @@ def _is_copy(payload: Path, raw: bytes) -> bool:
 def _stamp(path: Path) -> list[int]:
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def fetch_all(bucket: Bucket, prefix: str, folder: Path) -> None:
+    """Everything below a prefix into a folder. Raises FileNotFoundError for what is removed meanwhile."""
+    folder.mkdir(parents=True)
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        list(pool.map(lambda key: bucket.download(key, folder / key.removeprefix(prefix)), bucket.list(prefix)))
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from overfill.errors import UserError
-from pipeline.objects.mirror import Mirror, locked
+from pipeline.objects.mirror import Mirror, fetch_all, locked
 from pipeline.objects.site import Courier, ObjectSite
 from pipeline.stage import Site
 from pipeline.training.checkpoints import MARKER, StepFolders, mark_complete, step_of, why_incomplete
+
+log = logging.getLogger(__name__)
 
 STEPS = ".steps"
 """In a node's copy: step checkpoints that it goes on from."""
@@ -44,6 +47,12 @@ class ObjectSteps(StepFolders):
         Courier.flush_of(self.root.parent)  # who goes on from here does not write the lines before it again
         mark_complete(folder, ranks)
         self.site.bucket.upload(folder / MARKER, f"{self.prefix}{folder.name}/{MARKER}")
+        try:
+            self._remove_old(keep)
+        except OSError:  # the next one removes them
+            log.warning("old step checkpoints could not be removed", exc_info=True)
+
+    def _remove_old(self, keep: int) -> None:
         there = self._there()
         marked = sorted((name for name, files in there.items() if MARKER in files), reverse=True)
         for name in there:
@@ -91,14 +100,17 @@ class ObjectSteps(StepFolders):
         local = self._local(name)
         local.parent.mkdir(parents=True, exist_ok=True)
         with locked(local.with_name(f".{name}.lock")):
-            if local.is_dir() and why_incomplete(local) is None:
-                return None
-            shutil.rmtree(local, ignore_errors=True)
-            for key in self.site.bucket.list(f"{self.prefix}{name}/"):
-                path = local / key.removeprefix(f"{self.prefix}{name}/")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    self.site.bucket.download(key, path)
-                except FileNotFoundError:
-                    return f"{path.name} was removed meanwhile"
-            return why_incomplete(local)
+            if local.is_dir():
+                return None  # renamed when it was verified
+            fresh = local.with_name(f".{name}.fetching")
+            shutil.rmtree(fresh, ignore_errors=True)
+            try:
+                fetch_all(self.site.bucket, f"{self.prefix}{name}/", fresh)
+            except FileNotFoundError as error:
+                return f"{Path(str(error.filename)).name} was removed meanwhile"
+            why = why_incomplete(fresh)
+            if why is None:
+                fresh.rename(local)
+            else:
+                shutil.rmtree(fresh)
+            return why

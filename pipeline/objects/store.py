@@ -64,6 +64,9 @@ class ObjectStore(Store):
         super().__init__(self.mirror.root, ttl, verify)
         self.location = self.bucket.url
 
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, float, bool]]:
+        return type(self), (self.location, self._ttl, self._verify)
+
     @classmethod
     def reached(cls, url: str, verify: bool = False) -> ObjectStore:
         """The store at a URL that a user gave, after one request. Raises UserError when it cannot be reached."""
@@ -160,14 +163,11 @@ class ObjectStore(Store):
     def _looked_at(self, folder: Path, identity: str) -> Record | None:
         key = self.key(folder)
         listing = self.mirror.listing(key)
-        if RECORD_FILE not in listing:
+        raw = self.mirror.content(key, RECORD_FILE)
+        if raw is None:
             return None
-        local = self.mirror.refresh(key)
         try:
-            raw = (local / RECORD_FILE).read_bytes()
             record = Record.model_validate_json(raw)
-        except FileNotFoundError:
-            return None  # it was set aside after the listing
         except ValidationError:
             raise self._altered(folder, f"{RECORD_FILE} is damaged") from None
         if record.identity != identity:
@@ -175,7 +175,7 @@ class ObjectStore(Store):
         prefix = payload_prefix(record.attempt)
         there = {name.removeprefix(prefix): entry.size for name, entry in listing.items() if name.startswith(prefix)}
         problems = record.differs_from(there)
-        if not problems and (note := _note_about(local / ALTERED_NOTE, record)):
+        if not problems and (note := _note_about(self.mirror.content(key, ALTERED_NOTE), record)):
             problems = [note]
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -282,11 +282,11 @@ class ObjectStore(Store):
         self.bucket.upload(path, self.key(path))
 
 
-def _note_about(path: Path, record: Record) -> str:
+def _note_about(raw: bytes | None, record: Record) -> str:
     """What somebody found wrong with this very artifact."""
     try:
-        note = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        note = json.loads(raw or b"{}")
+    except ValueError:
         return ""
     return str(note.get("problem", "")) if note.get("digest") == record.digest else ""
 

@@ -74,5 +74,10 @@ def _load_pyfunc(path: str) -> StudentModel:
         student = load_student(folder)
         two_stage = TwoStageForCausalLM(student, student)
     else:
-        two_stage = TwoStageForCausalLM.from_pretrained(folder, full=str(local_place(reference["full"])))
+        two_stage = TwoStageForCausalLM.from_pretrained(folder, full=_full(reference["full"]))
     return StudentModel(two_stage, AutoTokenizer.from_pretrained(tokenizer_folder(folder)), reference["options"])
+
+
+def _full(place: str | None) -> str | None:
+    """Where the full model is on this node; None leaves it to the student's manifest."""
+    return None if place is None else str(local_place(place))
