@@ -16,6 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 OBJECT_STORE_BYTES = 80 * 2**20
+SYSTEM = {
+    "health_check_period_ms": 500,  # a lost node is noticed in seconds, not in a quarter of a minute
+    "idle_worker_killing_time_threshold_ms": 30_000,  # one that has imported torch serves the next stage too
+}
+FAKE_GPU = "accelerator_type:FAKE"
 
 
 class Host:
@@ -27,7 +32,7 @@ class Host:
         self.start()
 
     def start(self) -> None:
-        """A head for drivers alone, and two nodes of one CPU."""
+        """A head for drivers alone, and two nodes of one CPU, one of which says that it has a type of GPU nobody sells."""
         from ray.cluster_utils import Cluster
 
         head = self._node("head") | {
@@ -35,14 +40,21 @@ class Host:
             "dashboard_host": "127.0.0.1",
             "dashboard_port": self._port,
             "include_dashboard": True,
+            "_system_config": SYSTEM,
         }
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.add("a")
-        self.add("b")
+        self.add("b", FAKE_GPU)
 
-    def add(self, name: str) -> None:
-        """Another node of one CPU with a resource of its own name."""
-        self._cluster.add_node(num_cpus=1, resources={name: 1}, **self._node(name))
+    def add(self, name: str, *others: str) -> None:
+        """Another node of one CPU with a resource of its own name, and others."""
+        resources = dict.fromkeys((name, *others), 1)
+        self._cluster.add_node(num_cpus=1, resources=resources, **self._node(name))
+
+    @property
+    def address(self) -> str:
+        """Where drivers join, who are on a machine of the cluster."""
+        return str(self._cluster.address)
 
     def _node(self, name: str) -> dict[str, Any]:
         """A folder of its own for each node: otherwise they unpack a job's files over each other."""
@@ -74,7 +86,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what Ray prints is no answer
     host = Host(int(sys.argv[1]))
-    answers.write(json.dumps({"pid": os.getpid()}) + "\n")
+    answers.write(json.dumps({"address": host.address}) + "\n")
     with contextlib.suppress(KeyboardInterrupt):
         for line in sys.stdin:
             command, *arguments = line.split()

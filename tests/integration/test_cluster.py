@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+
+from pipeline.config_io import parse_yaml
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -36,6 +42,7 @@ evaluate: {samples: 20, max_new_tokens: 8}
 benchmark: {prompt: [16], output: [4], repeats: 2, warmup: 1}
 resources: {distill: {cpus_per_worker: 0.6, checkpoint_every: 40}}
 """
+HEAD = "node:__internal_head__"
 LONG = ("name=long", "distill.tokens=3_000_000")
 """The same up to distillation, which then takes long enough to be interrupted three times."""
 
@@ -49,6 +56,8 @@ class Place:
     laptop: Path
     store: Path
     mlflow: str
+    head: str
+    """The cluster's own address, for drivers on its machines."""
     host: subprocess.Popen[str]
 
     def tell(self, command: str) -> None:
@@ -79,6 +88,27 @@ class Place:
     def submit_long(self, *options: str) -> str:
         return self.submit(*(word for override in LONG for word in ("--set", override)), *options)
 
+    def ask(self, path: str) -> Any:
+        """What the job server answers."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=headers), timeout=60) as answer:
+            return json.load(answer)
+
+    def nodes_with(self, resource: str) -> set[str]:
+        """Ids of the nodes that are alive and have this resource."""
+        found = self.ask("/api/v0/nodes")["data"]["result"]["result"]
+        return {node["node_id"] for node in found if node["state"] == "ALIVE" and resource in node["resources_total"]}
+
+    def drivers(self) -> set[str]:
+        """Ids of the nodes on which jobs were."""
+        return {job["driver_node_id"] for job in self.ask("/api/jobs/") if job["submission_id"]}
+
+    def where(self, kind: str, **wanted: str) -> set[str]:
+        """Ids of the nodes on which the actors or tasks with these fields were."""
+        filters = "".join(f"&filter_keys={key}&filter_predicates==&filter_values={wanted[key]}" for key in wanted)
+        found = self.ask(f"/api/v0/{kind}?detail=1&limit=1000{filters}")["data"]["result"]["result"]
+        return {one["node_id"] for one in found}
+
     def records(self, stage: str) -> list[dict]:
         return [json.loads(path.read_text()) for path in self.store.glob(f"{stage}/*/payload/record.json")]
 
@@ -102,7 +132,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (laptop / ".ray").mkdir(parents=True)
     (laptop / ".ray" / "auth_token").write_text(token)
     (laptop / "tiny.yaml").write_text(EXPERIMENT, encoding="utf-8")
-    settings = {"store": str(store), "tracking_uri": mlflow}
+    settings = {"store": str(store), "tracking_uri": mlflow, "image": "overfill:1"}
     (laptop / "cluster.yaml").write_text(json.dumps({"cluster_name": "x", "metadata": {"overfill": settings}}))
     names = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "OVERFILL_STORE")
     environment = {name: value for name, value in os.environ.items() if name not in names}
@@ -116,8 +146,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         running(nodes, folder, without, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as host,
     ):
         assert host.stdout is not None
-        assert host.stdout.readline(), (folder / "cluster_host.py.log").read_text()[-2000:]
-        yield Place(f"http://127.0.0.1:{port}", token, laptop, store, mlflow, host)
+        answer = host.stdout.readline()
+        assert answer, (folder / "cluster_host.py.log").read_text()[-2000:]
+        yield Place(f"http://127.0.0.1:{port}", token, laptop, store, mlflow, json.loads(answer)["address"], host)
 
 
 @contextmanager
@@ -144,12 +175,52 @@ def test_a_job_runs_as_it_would_here_and_again_there_is_nothing_to_do(place):
     assert "running entrypoint for job tiny-" in printed.lower()
     assert len(place.records("evaluate")) == len(place.records("benchmark")) == 1
     assert place.token not in "".join(path.read_text(errors="replace") for path in place.store.glob("**/*.log"))
+    assert place.drivers() == place.where("actors", class_name="ImplicitFunc") == place.nodes_with(HEAD)
     # The same file on this machine finds every stage done: the identities are the same.
     assert "all 1 cells are done already" in place.overfill("run", "tiny.yaml", "--store", str(place.store))
     again = place.submit("--follow")
     assert "-2: " in again
     assert "all 1 cells are done already" in again
     assert {path.name for path in place.laptop.iterdir()} == {".ray", "cluster.yaml", "tiny.yaml"}
+    status = place.overfill("status", "tiny", "--store", str(place.store), "--address", place.address)
+    assert re.search(r"http://127\.0\.0\.1:\d+: [\d.]+ of 2 CPU in use", status)
+
+
+def test_a_manifest_for_kubernetes_runs_the_same_job(place, tmp_path):
+    printed = place.submit("--manifest", "kuberay")
+    config_map, job = (parse_yaml(text, "manifest") for text in printed.split("---\n"))
+    (tmp_path / "overfill.zip").write_bytes(base64.b64decode(config_map["binaryData"]["overfill.zip"]))
+    # What KubeRay's submitter does, but for the folder at which a pod mounts the package.
+    environment = parse_yaml(job["spec"]["runtimeEnvYAML"].replace("/etc/overfill", str(tmp_path)), "environment")
+    assert environment["working_dir"] == f"file://{tmp_path}/overfill.zip"
+    (container,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    secret = [variable["name"] for variable in container["env"]]  # here given as it is
+    assert secret == ["MLFLOW_TRACKING_URI"]
+    environment["env_vars"]["MLFLOW_TRACKING_URI"] = place.mlflow
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", place.address]
+    command += ["--runtime-env-json", json.dumps(environment), "--", *shlex.split(job["spec"]["entrypoint"])]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": place.token}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=place.environment() | token)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 1 cells are done already" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("token", ["", "wr0ng" * 8])
+def test_a_driver_without_the_clusters_token_is_told_so_in_one_line(place, token):
+    environment = place.environment() | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {})
+    environment["HOME"] = str(place.store)  # where there is no token
+    command = ["run", "tiny.yaml", "--store", str(place.laptop.parent / "none"), "--address", place.head]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *command],
+        capture_output=True,
+        text=True,
+        cwd=place.laptop,
+        env=environment,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "does not accept this token, or asks for one" in done.stderr
+    assert "wr0ng" not in done.stderr
 
 
 def test_mlflow_has_the_run_and_its_artifacts_through_the_server(place):
