@@ -209,6 +209,7 @@ def _accuracy_then_latency(
                 missing, store, config.resources, at_once, (leaf,), interruption.flag, asha, continue_stopped
             )
             outcomes |= {outcome.cell: outcome for outcome in found}
+            store.look_anew()
     return list(outcomes.values())
 
 

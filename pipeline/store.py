@@ -106,6 +106,9 @@ class Store:
         """How files come to where an attempt works; None, since every node sees this folder."""
         return None
 
+    def look_anew(self) -> None:
+        """Others have just finished something: nothing to do, since every look is a new one."""
+
     def prepare(self) -> None:
         """Before a run writes here: a folder needs nothing."""
 

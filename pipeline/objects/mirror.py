@@ -83,6 +83,7 @@ class Mirror:
         self._whole: dict[str, float] = {}
         self._contents: dict[str, tuple[str, bytes | None]] = {}
         self._look = threading.local()
+        self._anew = -math.inf
 
     # --- looking
 
@@ -90,20 +91,24 @@ class Mirror:
         """Names of the artifacts' folders of one kind of stage."""
         known = self._names.get(kind)
         if known is None or not self._believed(known[0]):
-            self._names[kind] = known = (time.monotonic(), self.bucket.names(f"{kind}/"))
+            began = time.monotonic()
+            self._names[kind] = known = (began, self.bucket.names(f"{kind}/"))
         return known[1]
 
     def listing(self, folder: str) -> Listing:
         """What is in an artifact's folder."""
         known = self._listings.get(folder)
         if known is None or not self._believed(known[0]):
+            began = time.monotonic()
             found = self.bucket.list(f"{folder}/")
-            self._listings[folder] = known = (time.monotonic(), _within(found, folder))
+            self._listings[folder] = known = (began, _within(found, folder))
         return known[1]
 
     def _believed(self, looked: float) -> bool:
         """Whether a listing is recent, or no older than the look that this thread is in."""
         began: float | None = getattr(self._look, "began", None)
+        if looked < self._anew:
+            return False
         return time.monotonic() - looked < LISTING_S or (began is not None and looked >= began)
 
     def content(self, folder: str, key: str) -> bytes | None:
@@ -117,6 +122,10 @@ class Mirror:
             self._contents[f"{folder}/{key}"] = known
         return known[1]
 
+    def forget_all(self) -> None:
+        """Believe no listing of before: others say that they have finished."""
+        self._anew = time.monotonic()
+
     def forget(self, folder: str) -> None:
         """Look again the next time: something was written here."""
         self._listings.pop(folder, None)
@@ -129,7 +138,7 @@ class Mirror:
         self._look.began = began = time.monotonic() if outer is None else outer
         try:
             for kind in kinds:
-                if self._whole.get(kind, -math.inf) < began:
+                if self._whole.get(kind, -math.inf) < max(began, self._anew):
                     self._list_whole(kind)
             yield
         finally:

@@ -237,6 +237,10 @@ class ObjectStore(Store):
         kinds = Counter(stage.name for stage in stages)
         return self.mirror.one_look(sorted(kind for kind, count in kinds.items() if count >= MANY))
 
+    def look_anew(self) -> None:
+        """Others have just finished something, and a listing is believed for a second."""
+        self.mirror.forget_all()
+
     # --- what moves
 
     def site(self, stage: Stage, attempt: int) -> ObjectSite:

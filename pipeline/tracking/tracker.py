@@ -152,6 +152,8 @@ class Tracker:
 
     def _tick(self, final: bool) -> bool:
         """One look and what follows from it; whether everything arrived."""
+        if final:
+            self._store.look_anew()
         try:
             if not self._alone():
                 return True

@@ -474,8 +474,9 @@ def test_on_an_object_store_a_run_is_killed_asked_to_end_and_resumed_on_other_ma
         assert said.splitlines()[-1] == "overfill: interrupted; the same command goes on from here"
         assert not bucket.store.bucket.list("tune/"), "the request to end is over"
         resumed = bucket.driver("resumed")
-        said = resumed.communicate(timeout=300)
+        said = resumed.communicate(timeout=300)[1]
         assert resumed.returncode == 0, said
+        assert "not done" not in said, "the last results are in its report"
         name = "model/model.safetensors"
         (own,) = bucket.records("distill")
         (unbroken,) = [record for label, record in records(reference, "distill").items() if "overfill" in label]
@@ -483,7 +484,7 @@ def test_on_an_object_store_a_run_is_killed_asked_to_end_and_resumed_on_other_ma
         assert own["attempt"] == 3
         assert curve(bucket.store.root) == curve(reference)
         assert {record["attempt"] for kind in ("data", "teacher", "prune") for record in bucket.records(kind)} == {1}
-        assert set(run_states(bucket.folder).values()) == {"FINISHED"}
+        assert set(run_states(bucket.folder).values()) == {"FINISHED"}, said
         again = bucket.driver("again")
         assert "all 2 cells are done already" in again.communicate(timeout=120)[1]
         assert not [key for key in bucket.store.bucket.list("distill/") if "/step-" in key or "/delivered/" in key]

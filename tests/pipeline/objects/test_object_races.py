@@ -182,6 +182,17 @@ def test_a_long_look_in_one_thread_freezes_no_other(store: ObjectStore):
     build.release()
 
 
+def test_what_others_have_just_finished_is_seen_by_who_looks_anew(store: ObjectStore, url: str):
+    driver, build = ObjectStore(url), begin(store)
+    assert driver.record(STAGE) is None
+    deliver(build, "new")
+    build.publish({})
+    build.release()
+    driver.look_anew()
+    with driver.look_once([STAGE]):
+        assert driver.record(STAGE) is not None
+
+
 def test_a_service_that_is_away_for_a_moment_ends_no_cell_that_waits(store: ObjectStore, url: str, monkeypatch):
     build, asked = begin(store), []
 
