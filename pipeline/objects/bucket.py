@@ -58,7 +58,7 @@ class Bucket:
             raise UserError(f"{mask_uri(url)}: credentials in a URL would reach logs; set them in the environment")
         if not self._place or (self._scheme == "file") != self._place.startswith("/"):
             wanted = "file:///FOLDER" if self._scheme == "file" else f"{self._scheme}://BUCKET/PREFIX"
-            raise UserError(f"{url}: give {wanted}")
+            raise UserError(f"{url}: not a place for objects; give {wanted}")
         library = _LIBRARIES.get(self._scheme)
         if library and find_spec(library) is None:
             raise UserError(f"{url}: {library} is not installed; run: pip install 'overfill[{self._scheme}]'")

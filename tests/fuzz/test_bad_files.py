@@ -358,7 +358,8 @@ def test_a_path_that_is_no_file_is_refused(zoo, tmp_path):
 
 
 def test_a_store_that_is_no_folder_is_refused(zoo, tmp_path):
-    for name in ("\0", "x" * 5000, "~nobody-here/x", "s3://bucket/x", "/dev/null", *zoo):
+    urls = ("s3://", "s3://user:password@bucket/x", "https://example.com/x", "file://relative")
+    for name in ("\0", "x" * 5000, "~nobody-here/x", *urls, "/dev/null", *zoo):
         for command in (("plan", str(SWEEPS[-1])), ("status",), ("report", "x")):
             before = contents(tmp_path)
             ends_well(overfill(*command, "--store", name))

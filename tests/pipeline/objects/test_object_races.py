@@ -138,8 +138,8 @@ def test_a_loser_that_stalls_between_its_look_and_its_record_publishes_a_whole_a
 def test_a_waiter_sees_the_heartbeat_and_never_takes_a_live_holder_for_dead(store: ObjectStore, url: str):
     stages = chain()
     holder = begin(store, stages[0])
-    waiter = ObjectStore(url, ttl=2.5)
-    for count in range(20):
+    waiter = ObjectStore(url, ttl=1.5)
+    for count in range(12):
         beat = json.dumps({"count": count, "state": "held"}).encode()
         store.bucket.write(f"{holder.key}/attempts/0001/beat.json", beat)
         assert waiter.gather(stages[-1:], explain=False)[stages[0].identity].lease == "held"
@@ -200,7 +200,7 @@ def test_a_service_that_is_away_for_a_moment_ends_no_cell_that_waits(store: Obje
         asked.append(prefix)
         return len(asked) in (3, 4, 5)
 
-    waiter = threading.Thread(target=run_graph, args=([STAGE], ObjectStore(url), RunContext(poll=0.4)), daemon=True)
+    waiter = threading.Thread(target=run_graph, args=([STAGE], ObjectStore(url), RunContext(poll=0.1)), daemon=True)
     with monkeypatch.context() as patched:
         fails(patched, "list", now_and_then)
         waiter.start()
