@@ -42,6 +42,10 @@ QUIET_LOGGERS = (
 _VERSIONS = re.compile(r"^ +(?:Ray|Python): (\S+)$", re.MULTILINE)
 """In what Ray says of versions that do not match: its own and Python's of the cluster, then those of this process."""
 
+TRACEBACKS = "ray.tune.execution.tune_controller"
+"""What it logs as an error is the traceback of a trial whose process died; the trial is tried again, and where that does
+not help, its cell says so (`pipeline.tune.LOST_TRIAL`)."""
+
 UNLIMITED_NODES = 10_000
 """As many as count where an autoscaler has no limit."""
 
@@ -84,6 +88,7 @@ def connected(address: str | None) -> Iterator[Capacity]:
     logging.getLogger("ray").setLevel(logging.WARNING)
     for noisy in QUIET_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.getLogger(TRACEBACKS).setLevel(logging.CRITICAL)
     _start(address or os.environ.get("RAY_ADDRESS") or "local")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # after Ray's own, which prints a stack of C++ frames
