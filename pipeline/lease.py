@@ -29,6 +29,7 @@ import socket
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -114,7 +115,7 @@ class LeaseLost(Exception):
     """Another process has taken the artifact over; what was built here must not be published."""
 
 
-class Heartbeat:
+class Heartbeat(ABC):
     """A held lease, whose counter a daemon thread moves. Use as a context manager, or call `release`."""
 
     def __init__(self, folder: Path, number: int, owner: Owner, beat: float) -> None:
@@ -128,17 +129,17 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, args=(beat,), name=f"lease {folder}", daemon=True)
         self._thread.start()
 
+    @abstractmethod
     def held(self) -> bool:
         """Whether it is still this process'."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _write(self) -> None:
         """Write the counter down."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _close(self) -> None:
         """Write down that the lease is over."""
-        raise NotImplementedError
 
     def require(self) -> None:
         """Raise LeaseLost unless it is still held."""

@@ -169,7 +169,7 @@ class ObjectBuild(Build):
             raw = self.store.bucket.read(f"{self.key}/{RECORD_FILE}")
             if raw is None or attempt_of(raw) != self.lease.number:
                 self.site.clear_staging()
-        except OSError:  # nothing names these files, and the next attempt removes them
+        except OSError:  # nothing names these files, and the next one to publish removes them
             log.warning("what %s has delivered could not be removed", self.key, exc_info=True)
         self._end(status, error)
 

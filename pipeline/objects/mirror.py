@@ -30,6 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from overfill.errors import UserError
 from pipeline.fingerprint import digest_file, remember_digest
 from pipeline.lease import host_key
@@ -223,24 +225,31 @@ class Mirror:
         raw = self.bucket.read(f"{folder}/{RECORD_FILE}")
         if raw is None:
             raise UserError(f"{self.bucket.url}/{folder}: this artifact was removed while it was in use; run again")
+        try:
+            record = Record.model_validate_json(raw)
+        except ValidationError:
+            raise Damaged(f"{RECORD_FILE} is damaged") from None
         local = self.local(folder)
         local.mkdir(parents=True, exist_ok=True)
         with locked(local / ".fetch.lock"):
             payload = local / "payload"
-            if not _is_copy(payload, raw):
-                self._fetch(folder, raw, payload)
+            if not _is_copy(payload, raw, record):
+                self._fetch(folder, raw, record, payload)
         return payload
 
     def report(self, folder: str, damage: Damaged) -> None:
         """Leave a note that the artifact that is there now was found damaged, so that the next run builds it anew."""
         raw = self.bucket.read(f"{folder}/{RECORD_FILE}")
-        if raw is not None:
-            note = {"problem": str(damage), "digest": Record.model_validate_json(raw).digest}
+        try:
+            digest = None if raw is None else Record.model_validate_json(raw).digest
+        except ValidationError:
+            digest = None  # every look sees that by itself
+        if digest is not None:
+            note = {"problem": str(damage), "digest": digest}
             self.bucket.write(f"{folder}/{ALTERED_NOTE}", json.dumps(note).encode())
         self.forget(folder)
 
-    def _fetch(self, folder: str, raw: bytes, payload: Path) -> None:
-        record = Record.model_validate_json(raw)
+    def _fetch(self, folder: str, raw: bytes, record: Record, payload: Path) -> None:
         fresh = payload.with_name("payload.fetching")
         for leftover in (payload, fresh):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -269,7 +278,7 @@ class Mirror:
         fresh.rename(payload)
         verified = {name: _stamp(payload / name) for name in record.files}
         write_json(payload.with_name(_VERIFIED), verified)
-        _is_copy(payload, raw)
+        _is_copy(payload, raw, record)
 
 
 def _within(found: Mapping[str, Entry], folder: str) -> dict[str, Entry]:
@@ -314,12 +323,12 @@ def _append(path: Path, content: bytes) -> None:
         stream.write(content)
 
 
-def _is_copy(payload: Path, raw: bytes) -> bool:
+def _is_copy(payload: Path, raw: bytes, record: Record) -> bool:
     """Whether the payload is that of this record and not written to since it was verified; its digests are then known."""
     try:
         if (payload / RECORD_FILE).read_bytes() != raw:
             return False
-        record, verified = Record.model_validate_json(raw), _readable(payload.with_name(_VERIFIED))
+        verified = _readable(payload.with_name(_VERIFIED))
         if any(_stamp(payload / name) != verified.get(name) for name in record.files):
             return False
     except OSError:

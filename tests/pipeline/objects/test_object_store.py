@@ -378,6 +378,12 @@ def test_a_url_that_is_none_and_a_place_that_names_no_artifact_are_users_mistake
     with pytest.raises(UserError, match="names no artifact"):
         local_place(f"{store.location}/teacher")
     run_graph([toy()], store)
+    key = store.key(store.folder(toy()))
+    raw = store.bucket.read(f"{key}/record.json") or b""
+    store.bucket.write(f"{key}/record.json", raw[:20])
+    with pytest.raises(UserError, match="record.json is damaged"):
+        local_place(f"{store.location}/{key}")
+    store.bucket.write(f"{key}/record.json", raw)
     found = local_place(f"{store.place(toy())}/config.json")
     assert found.read_text() == "{}"
     assert local_place(store.location + "/" + store.key(store.folder(toy()))) == found.parent
