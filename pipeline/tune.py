@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ LOST_TRIAL = (
 CHUNK = 16
 """Cells in one object of Ray's store."""
 _POLL_S = 1.0
+DEATH_KNOWN_S = 30.0
+"""How long it may take until Ray's head knows of the death of a trial that Tune has heard of."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def run_cells(
         run_config=tune.RunConfig(
             name=f"run-{time.time_ns()}",
             storage_path=str(store.root / "tune"),
+            callbacks=[AfterDeath(cells)],
             failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
             verbose=0,
         ),
@@ -133,8 +136,6 @@ def _outcome(metrics: dict[str, Any]) -> Outcome | None:
 
 def _drive(config: dict[str, Any], job: _Job) -> dict[str, Any]:
     """One trial, in a process of its own on the head node."""
-    if abandoned := remove_abandoned_groups():  # this trial may be the successor of a killed one
-        log.warning("the workers of a trial that was killed are given back (%d placement groups)", abandoned)
     task: _Task = ray.get(job.chunks[config["place"] // CHUNK])[config["place"] % CHUNK]
     cell, store = task.cell, open_at(job.store)
     resources = {name: getattr(job.resources, name) for name in ResourcesConfig.model_fields}
@@ -193,6 +194,40 @@ def _report_curve(cell: Cell, store: Store, done: threading.Event) -> None:
         for point in curve.update():
             if RUNG_METRIC in point.metrics:
                 tune.report({"step": point.step, RUNG_METRIC: point.metrics[RUNG_METRIC], "cell": cell.index})
+
+
+class AfterDeath(tune.Callback):
+    """After the death of a trial's process, says so and frees what its workers held: Ray itself would keep that until the
+    driver ends, and another trial may wait for a whole node, also when the dead one is not tried again."""
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        remove: Callable[[], int] = remove_abandoned_groups,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cells = cells
+        self._remove = remove
+        self._clock = clock
+        self._next = 0.0
+        self._until = 0.0
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """It is tried again."""
+        label = self._cells[trial.config["place"]].label
+        log.warning("%s: the process that drives the cell was killed; another one goes on", label)
+        self._until = self._clock() + DEATH_KNOWN_S
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """It is not; the cell's outcome says so."""
+        self._until = self._clock() + DEATH_KNOWN_S
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Look now and then for some time, for Ray's head may not know of the death yet."""
+        now = self._clock()
+        if self._next <= now < self._until:
+            self._next = now + _POLL_S
+            self._remove()
 
 
 class CooperativeAsha(FIFOScheduler):

@@ -237,6 +237,13 @@ def lose_node(target: Target) -> str | None:
     return f"for {seconds:.0f} s"
 
 
+def reclaim_node(target: Target) -> str | None:
+    """That node is taken away some seconds after a notice, and another one is there before."""
+    seconds = target.random.uniform(3.0, 15.0)
+    target.around.reclaim_node(seconds)
+    return f"after {seconds:.0f} s"
+
+
 def jump_clock(target: Target) -> str | None:
     """Every process' `time.time()` is hours ahead or behind from now on."""
     offset = target.random.choice([-86_400.0, -3_700.0, -30.0, 30.0, 3_700.0, 86_400.0])
@@ -296,4 +303,5 @@ FAULTS = (
     Fault("disk full", STAGES, fill_disk, kind="disk"),
     Fault("MLflow server down", STAGES, lose_server, kind="server"),
     Fault("loss of a node", STAGES[1:], lose_node, kind="cluster"),
+    Fault("preemption of a node", STAGES[1:], reclaim_node, kind="cluster"),
 )

@@ -74,6 +74,9 @@ class Surroundings:
     def lose_node(self, seconds: float) -> None:
         raise NotImplementedError
 
+    def reclaim_node(self, seconds: float) -> None:
+        raise NotImplementedError
+
     def set_clock(self, offset: float) -> None:
         raise NotImplementedError
 
@@ -189,8 +192,14 @@ class TwoNodes(Surroundings):
         return driver.processes() | session_processes(self._program.pid)
 
     def lose_node(self, seconds: float) -> None:
+        self._tell(f"lose {seconds}")
+
+    def reclaim_node(self, seconds: float) -> None:
+        self._tell(f"reclaim {seconds}")
+
+    def _tell(self, command: str) -> None:
         assert self._program.stdin is not None
-        self._program.stdin.write(f"{seconds}\n")
+        self._program.stdin.write(f"{command}\n")
         self._program.stdin.flush()
         self._answer()
 

@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 from machine_metrics import of_the_machine
-from ray import cloudpickle
+from ray import cloudpickle, tune
 from training_toys import WITHOUT_RAY, distill_run, make_inputs, read_directly
 
 from overfill.checkpoint import load_student
@@ -27,12 +27,14 @@ from pipeline.cluster import remove_abandoned_groups
 from pipeline.fingerprint import identity_config
 from pipeline.stage import External, Stage, StageRun
 from pipeline.stages.remote import WorkerFailed, run_on_worker
+from pipeline.submission.fitting import HEAD, driver_bundle
 from pipeline.training.calibrate import SCORES_FILE, measure_in
 from pipeline.training.distill import train_in
 from pipeline.training.distributed import Place
 from pipeline.training.launch import TrainingFailed, run_workers
 from pipeline.training.session import Services
 from pipeline.training.stream import StepRows, StreamPlan, stream_steps
+from pipeline.tune import AfterDeath
 
 pytestmark = pytest.mark.integration
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
@@ -330,3 +332,29 @@ def test_what_a_killed_trial_had_reserved_is_given_back_and_nothing_else(ray_clu
     assert remove_abandoned_groups() == 0
     ray.kill(living)
     ray.util.remove_placement_group(own)
+
+
+def test_a_trial_that_dies_for_good_does_not_keep_the_cpus_that_another_one_waits_for(ray_cluster, tmp_path):
+    everything = ray.cluster_resources()["CPU"]
+
+    def drive(config: dict[str, Any]) -> dict[str, Any]:
+        if config["place"] == 0:
+            group = ray.util.placement_group([{"CPU": 0.5}])
+            ray.get(group.ready())
+            (tmp_path / "reserved").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not (tmp_path / "reserved").exists():
+            time.sleep(0.05)
+        whole_node = ray.remote(num_cpus=everything, scheduling_strategy="DEFAULT")(lambda: "free")
+        return {"node": ray.get(whole_node.remote(), timeout=60)}
+
+    tuner = tune.Tuner(
+        tune.with_resources(drive, tune.PlacementGroupFactory([driver_bundle(HEAD)])),
+        param_space={"place": tune.grid_search([0, 1])},
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(tmp_path / "tune"), callbacks=[AfterDeath([])], verbose=0),
+    )
+    dead, other = tuner.fit()
+    assert dead.error is not None
+    assert other.error is None
+    assert (other.metrics or {})["node"] == "free"

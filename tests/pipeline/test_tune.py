@@ -11,7 +11,7 @@ from synthetic_store import toy_cells
 from pipeline.config import AshaConfig
 from pipeline.stop import STOP_FILE
 from pipeline.store import Store
-from pipeline.tune import RUNG_METRIC, CooperativeAsha, request_stop
+from pipeline.tune import DEATH_KNOWN_S, RUNG_METRIC, AfterDeath, CooperativeAsha, request_stop
 
 
 @pytest.fixture
@@ -64,3 +64,20 @@ def test_cells_of_other_ratios_methods_or_seeds_do_not_compete(cells, tmp_path):
 def test_a_stop_can_only_be_asked_of_a_stage_that_has_begun(cells, tmp_path):
     request_stop(cells[0], Store(tmp_path), "because")
     assert not list(tmp_path.rglob(STOP_FILE))
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_after_the_death_of_a_trial_what_it_had_reserved_is_looked_for_until_ray_must_know(cells, caplog, again):
+    now, looks = [100.0], []
+    callback = AfterDeath(cells, remove=lambda: looks.append(now[0]) or 0, clock=lambda: now[0])
+    callback.on_step_end(0, [])
+    assert looks == [], "nobody has died"
+    died = callback.on_trial_recover if again else callback.on_trial_error
+    died(0, [], trial(0))
+    assert (f"{cells[0].label}: the process that drives the cell was killed" in caplog.text) == again
+    while now[0] < 100.0 + 2 * DEATH_KNOWN_S:
+        callback.on_step_end(0, [])
+        now[0] += 0.25
+    assert len(looks) == DEATH_KNOWN_S, "once a second"
+    assert looks[0] == 100.0
+    assert looks[-1] < 100.0 + DEATH_KNOWN_S
