@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,12 @@ benchmark: {prompt: [16], output: [4], repeats: 2, warmup: 1}
 resources: {distill: {cpus_per_worker: 0.6, checkpoint_every: 40}}
 """
 HEAD = "node:__internal_head__"
-LONG = ("name=long", "distill.tokens=3_000_000")
-"""The same up to distillation, which then takes long enough to be interrupted three times."""
+LONG = ("name=long", "distill.tokens=300_000", "resources.benchmark.accelerator=FAKE")
+"""The same up to distillation, whose latency is then of another device."""
+SLOW = (*LONG, "resources.distill.micro_batch=2", "resources.distill.checkpoint_every=2")
+"""The very same, but so slow that it can be interrupted three times: how it is computed changes nothing of what it is."""
+ELSEWHERE = (*LONG, "resources.drivers=a")
+"""The very same again, with its drivers on another node than the head."""
 
 
 @dataclass
@@ -84,9 +89,6 @@ class Place:
 
     def submit(self, *options: str, code: int = 0) -> str:
         return self.overfill("submit", "tiny.yaml", *options, code=code)
-
-    def submit_long(self, *options: str) -> str:
-        return self.submit(*(word for override in LONG for word in ("--set", override)), *options)
 
     def ask(self, path: str) -> Any:
         """What the job server answers."""
@@ -235,14 +237,15 @@ def test_mlflow_has_the_run_and_its_artifacts_through_the_server(place):
 
 
 def test_a_job_is_stopped_attached_to_and_outlives_a_node_and_the_head(place):
-    job = re.findall(r"job (long-\w+): ", place.submit_long())[0]
+    job = re.findall(r"job (long-\w+): ", place.submit(*overrides(SLOW)))[0]
     wait_for(lambda: newest_step(place) > 0)
-    assert f"job {job} runs already" in place.submit_long()
+    assert "the job goes on" in followed_until_ctrl_c(place, f"job {job} runs already")
+    assert place.state_of(job) == "running"
     place.overfill("stop", job)
     assert place.state_of(job) == "stopped"
     stopped_at = newest_step(place)
 
-    assert f"job {job}-2: " in place.submit_long()
+    assert f"job {job}-2: " in place.submit(*overrides(SLOW))
     wait_for(lambda: newest_step(place) > stopped_at)
     place.tell(f"lose {raylet_of_training()}")
     lost_at = newest_step(place)
@@ -251,7 +254,7 @@ def test_a_job_is_stopped_attached_to_and_outlives_a_node_and_the_head(place):
 
     place.tell("restart")
     restarted_at = newest_step(place)
-    assert "all 1 cells are done already" not in place.submit_long("--follow")
+    place.submit(*overrides(ELSEWHERE), "--follow")
     assert restarted_at > lost_at > stopped_at
     (distilled,) = [record for record in place.records("distill") if record["metrics"]["train/steps"] > 100]
     assert distilled["attempt"] == 3
@@ -263,6 +266,36 @@ def test_a_job_is_stopped_attached_to_and_outlives_a_node_and_the_head(place):
     assert starts == sorted(set(starts)), "each start went on from a later step"
     assert len(starts) == 4
     assert starts[0] == 0
+    # The type of GPU that was named counts, and not this machine.
+    latencies = [json.loads(path.read_text()) for path in place.store.glob("benchmark/*/payload/latency.json")]
+    assert sum(latency["device"] == "FAKE" for latency in latencies) == 1
+    assert place.where("tasks", name="benchmark") == place.nodes_with("accelerator_type:FAKE")
+    assert place.drivers() == place.where("actors", class_name="ImplicitFunc") == place.nodes_with("a")
+
+
+def overrides(settings: tuple[str, ...]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def followed_until_ctrl_c(place: Place, awaited: str) -> str:
+    """Submit and follow, and press Ctrl-C when `awaited` is shown; what was printed after it."""
+    command = [sys.executable, "-m", "pipeline.cli", "submit", "tiny.yaml", "--follow", *overrides(SLOW)]
+    process = subprocess.Popen(
+        command,
+        cwd=place.laptop,
+        env=place.environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs do not hear it
+    )
+    assert process.stderr is not None
+    assert any(awaited in line for line in process.stderr)
+    time.sleep(0.5)  # it is about to open the log
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 0, rest
+    return rest
 
 
 def newest_step(place: Place) -> int:
