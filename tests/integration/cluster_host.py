@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ class Host:
             "num_cpus": 0,
             "dashboard_host": "127.0.0.1",
             "dashboard_port": self._port,
+            "dashboard_agent_listen_port": 0,  # any: another Ray on this machine may have Ray's own
             "include_dashboard": True,
             "_system_config": SYSTEM,
         }
@@ -62,8 +64,24 @@ class Host:
 
     def lose(self, pid: str) -> None:
         """The node whose raylet has this process id is lost without a word."""
-        nodes = {process.process.pid: node for node in self._cluster.worker_nodes for process in raylets(node)}
-        self._cluster.remove_node(nodes[int(pid)], allow_graceful=False)
+        self._cluster.remove_node(self._node_of(pid), allow_graceful=False)
+
+    def _node_of(self, pid: str) -> Any:
+        return {process.process.pid: node for node in self._cluster.worker_nodes for process in raylets(node)}[int(pid)]
+
+    def reclaim(self, pid: str) -> None:
+        """Give notice that the node whose raylet has this process id is taken away a minute from now."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        accepted, why = GcsClient(address=self.address).drain_node(
+            self._node_of(pid).node_id,
+            DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
+            "the machine is wanted back",
+            int(1000 * (time.time() + 60)),
+        )
+        if not accepted:
+            raise RuntimeError(why)
 
     def restart(self) -> None:
         """Everything is lost, and a new cluster comes up at the same address."""

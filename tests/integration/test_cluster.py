@@ -247,25 +247,32 @@ def test_a_job_is_stopped_attached_to_and_outlives_a_node_and_the_head(place):
 
     assert f"job {job}-2: " in place.submit(*overrides(SLOW))
     wait_for(lambda: newest_step(place) > stopped_at)
+    wanted = raylet_of_training()
+    place.tell(f"reclaim {wanted}")
+    wait_for(lambda: left_at(place) > 0)
+    place.tell(f"lose {wanted}")
+    place.tell("add c")
+    wait_for(lambda: newest_step(place) > left_at(place))
+
     place.tell(f"lose {raylet_of_training()}")
     lost_at = newest_step(place)
-    place.tell("add c")
+    place.tell("add d")
     wait_for(lambda: newest_step(place) > lost_at)
 
     place.tell("restart")
     restarted_at = newest_step(place)
     place.submit(*overrides(ELSEWHERE), "--follow")
-    assert restarted_at > lost_at > stopped_at
+    assert restarted_at > lost_at > left_at(place) > stopped_at
     (distilled,) = [record for record in place.records("distill") if record["metrics"]["train/steps"] > 100]
     assert distilled["attempt"] == 3
     for stage in ("tokenizer", "data", "teacher", "calibrate", "prune"):
         (record,) = place.records(stage)
         assert record["attempt"] == 1
-    attempts = sorted(place.store.glob(f"distill/*{distilled['identity']}/attempts/*/worker-0.log"))
-    starts = [int(step) for log in attempts for step in re.findall(r"training from step (\d+)", log.read_text())]
+    starts = steps_told(place, r"training from step (\d+)")
     assert starts == sorted(set(starts)), "each start went on from a later step"
-    assert len(starts) == 4
+    assert len(starts) == 5
     assert starts[0] == 0
+    assert left_at(place) in starts, "after a notice nothing is trained twice"
     # The type of GPU that was named counts, and not this machine.
     latencies = [json.loads(path.read_text()) for path in place.store.glob("benchmark/*/payload/latency.json")]
     assert sum(latency["device"] == "FAKE" for latency in latencies) == 1
@@ -311,6 +318,17 @@ def long_distillation(place: Place) -> Path:
     done = {record["identity"] for record in place.records("distill") if record["metrics"]["train/steps"] < 100}
     folders = [path for path in place.store.glob("distill/*") if path.name.rsplit("_", 1)[1] not in done]
     return folders[0] / "progress" if folders else place.store / "none"
+
+
+def steps_told(place: Place, pattern: str) -> list[int]:
+    """The steps in all logs of the long distillation that a pattern finds."""
+    logs = sorted(long_distillation(place).parent.glob("attempts/*/worker-0.log"))
+    return [int(step) for log in logs for step in re.findall(pattern, log.read_text())]
+
+
+def left_at(place: Place) -> int:
+    """The step that was saved when a node was to be taken away; 0 before that."""
+    return max(steps_told(place, r"a node is being taken away; step (\d+) is saved"), default=0)
 
 
 def raylet_of_training() -> int:
