@@ -153,11 +153,9 @@ def _told_to_end(target: Target, tell: Callable[[], object]) -> str | None:
 
 def truncate_checkpoint(target: Target) -> str | None:
     """The machine dies, and of the newest step checkpoint only a part has reached the disk."""
-    folder = _newest_checkpoint(target)
+    folder = _newest_after_the_end(target)
     if folder is None:
         return None
-    kill_machine(target)
-    folder = _newest_checkpoint(target) or folder
     file = folder / "rank-00000.safetensors"
     os.truncate(file, target.random.randrange(file.stat().st_size))
     return folder.name
@@ -165,11 +163,9 @@ def truncate_checkpoint(target: Target) -> str | None:
 
 def lose_checkpoint_file(target: Target) -> str | None:
     """The machine dies, and a file of the newest step checkpoint is gone."""
-    folder = _newest_checkpoint(target)
+    folder = _newest_after_the_end(target)
     if folder is None:
         return None
-    kill_machine(target)
-    folder = _newest_checkpoint(target) or folder
     file = target.random.choice(sorted(path for path in folder.iterdir() if path.is_file()))
     file.unlink()
     return f"{folder.name}/{file.name}"
@@ -202,6 +198,16 @@ def _flip(target: Target, stage: str, pattern: str) -> str | None:
     file.write_bytes(content)
     target.around.damaged.append(folder)
     return f"byte {position} of {name_of(folder)} {file.name}"
+
+
+def _newest_after_the_end(target: Target) -> Path | None:
+    """The newest step checkpoint after the machine has died; it lives on when there is none to tear.
+
+    The stage may have come to its end before the last process died: then there is nothing to tear any more either."""
+    if _newest_checkpoint(target) is None:
+        return None
+    kill_machine(target)
+    return _newest_checkpoint(target)
 
 
 def _newest_checkpoint(target: Target) -> Path | None:

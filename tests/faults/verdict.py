@@ -126,7 +126,7 @@ def _values(path: Path) -> dict[str, list[str]]:
 
 
 def _history(store: Path, uri: str | None) -> Iterator[tuple[str, list[int]]]:
-    """Steps of every metric of every run, in MLflow's order; and how many runs there are in which state."""
+    """Steps of every metric of every run; and how many runs there are in which state."""
     with tempfile.TemporaryDirectory() as copies:
         if uri is None:
             # A copy under a name of its own, for MLflow keeps one connection for each name.
@@ -146,7 +146,8 @@ def _history_at(uri: str) -> Iterator[tuple[str, list[int]]]:
         for metric in run.data.metrics:
             yield (
                 f"{run.info.run_name} {metric}",
-                [point.step for point in client.get_metric_history(run.info.run_id, metric)],
+                # By step: MLflow's order is that of the clock, which a fault may turn back.
+                sorted(point.step for point in client.get_metric_history(run.info.run_id, metric)),
             )
     for name, count in counts.items():
         yield name, [count]
