@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,14 @@ _WAY_IN = "set RAY_AUTH_TOKEN, or put the cluster's token into ~/.ray/auth_token
 
 for _name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # that a package is uploaded and a connection closed
+
+
+NO_AGENT = "No available agent"
+"""What Ray says of a head that cannot start jobs yet."""
+AGENT_S = 60.0
+"""How long we wait for it."""
+AGENT_POLL_S = 1.0
+"""Between two questions; Ray itself waits for seconds before it answers."""
 
 
 class Refused(UserError):
@@ -70,6 +79,17 @@ class JobServer(JobSubmissionClient):
         status = self._get("/api/cluster_status")["data"].get("clusterStatus") or {}
         usage = (status.get("loadMetricsReport") or {}).get("usage") or {}
         return {kind: (float(usage[kind][0]), float(usage[kind][1])) for kind in ("CPU", "GPU") if kind in usage}
+
+    def submit_job(self, *, patience: float = AGENT_S, **job: Any) -> str:
+        """As Ray's, but a head that has just started may take some time until it can start jobs."""
+        end = time.monotonic() + patience
+        while True:
+            try:
+                return super().submit_job(**job)
+            except Refused as error:
+                if NO_AGENT not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(AGENT_POLL_S)
 
     def tail(self, job: str, write: Callable[[str], None], skip: int) -> int:
         """Write what the job's log says beyond its first `skip` characters, until it ends or the connection does.

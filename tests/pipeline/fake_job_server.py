@@ -28,6 +28,8 @@ class FakeCluster:
     packages: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     address: str = ""
+    agentless: int = 0
+    """So many jobs are refused, as by a head that has only just started."""
 
     def add_job(self, name: str, status: str = "RUNNING", code: int | None = None, **more: Any) -> None:
         """A job as the server tells of it."""
@@ -55,6 +57,9 @@ class FakeCluster:
             return (200 if path.rsplit("/", 1)[1] in self.packages else 404), ""
         if path == "/api/jobs/" and method == "POST":
             job = json.loads(body)
+            if self.agentless:
+                self.agentless -= 1
+                return 500, "No available agent to submit job, please try again later."
             if job["submission_id"] in self.jobs:
                 return 500, f"Traceback\nValueError: Job with submission_id {job['submission_id']} already exists."
             self.add_job(job["submission_id"], **{k: job[k] for k in KEPT if job.get(k) is not None})

@@ -93,6 +93,19 @@ def test_a_job_is_the_code_and_the_file_and_runs_the_same_command_line(file, clu
     assert effective["sweep"]["axes"] == {"distill.method": ["full", "overfill", "pruned"]}
 
 
+def test_a_head_that_has_only_just_started_is_waited_for(file, cluster, monkeypatch):
+    from pipeline.submission import job_server
+
+    monkeypatch.setattr(job_server, "AGENT_POLL_S", 0.01)
+    cluster.agentless = 2
+    job = submit(file, cluster.address)
+    assert cluster.jobs[job]["runtime_env"]["working_dir"].startswith("gcs://")
+    cluster.agentless = 2
+    with pytest.raises(job_server.Refused, match="No available agent to submit job, please try again later"):
+        job_server.JobServer(cluster.address).submit_job(patience=0.0, entrypoint="true")
+    assert list(cluster.jobs) == [job]
+
+
 def test_nothing_but_sources_travels(tmp_path):
     from pipeline.submission.package import make_package
 
