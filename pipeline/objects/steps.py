@@ -12,7 +12,7 @@ from overfill.errors import UserError
 from pipeline.objects.mirror import Mirror, fetch_all, locked
 from pipeline.objects.site import Courier, ObjectSite
 from pipeline.stage import Site
-from pipeline.training.checkpoints import MARKER, StepFolders, mark_complete, step_of, why_incomplete
+from pipeline.training.checkpoints import MARKER, StepFolders, mark_complete, outdated, step_of, why_incomplete
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +48,16 @@ class ObjectSteps(StepFolders):
         mark_complete(folder, ranks)
         self.site.bucket.upload(folder / MARKER, f"{self.prefix}{folder.name}/{MARKER}")
         try:
-            self._remove_old(keep)
+            self._remove_old(folder.name, keep)
         except OSError:  # the next one removes them
             log.warning("old step checkpoints could not be removed", exc_info=True)
 
-    def _remove_old(self, keep: int) -> None:
-        there = self._there()
-        marked = sorted((name for name, files in there.items() if MARKER in files), reverse=True)
-        for name in there:
-            if name not in marked[:keep] and name <= marked[0]:
-                # The marker first: what has none is never taken for whole.
-                self.site.bucket.remove([f"{self.prefix}{name}/{MARKER}"])
-                self.site.bucket.remove_below(f"{self.prefix}{name}/")
+    def _remove_old(self, new: str, keep: int) -> None:
+        marked = {name: MARKER in files for name, files in self._there().items()}
+        for name in outdated(marked, new, keep, self.skipped):
+            # The marker first: what has none is never taken for whole.
+            self.site.bucket.remove([f"{self.prefix}{name}/{MARKER}"])
+            self.site.bucket.remove_below(f"{self.prefix}{name}/")
 
     def leave(self, folder: Path) -> None:
         """The checkpoint is marked, and this rank is done with it."""
@@ -72,6 +70,7 @@ class ObjectSteps(StepFolders):
             why = self._brought(name) if MARKER in files else f"{MARKER} is missing"
             if why is None:
                 return name
+            self.skipped.add(name)
             on_torn(name, why)
         return None
 

@@ -8,7 +8,8 @@
 
 A checkpoint is complete if the marker is there and every file that the manifests list has the listed size and digest.
 A crash, a full disk or a copied folder that lacks a file therefore leaves a checkpoint that is named, skipped and
-later removed; the one before it is used. A folder's name is never used twice.
+later removed, when the run that has gone on from the one before it writes its next; it counts as none of those that
+are kept, although its marker is there. A folder's name is never used twice.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,12 @@ def rank_files(folder: Path) -> list[Path]:
     return [folder / f"rank-{rank:05d}.safetensors" for rank in range(int(_read_json(folder / MARKER)["ranks"]))]
 
 
-def remove_old(root: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` that are marked, and any that are newer than these."""
-    marked = sorted((folder for folder in _folders(root) if (folder / MARKER).exists()), reverse=True)
-    if not marked:
-        return
-    for folder in _folders(root):
-        if folder not in marked[:keep] and folder <= marked[0]:
-            shutil.rmtree(folder)
+def outdated(marked: Mapping[str, bool], new: str, keep: int, skipped: Collection[str]) -> list[str]:
+    """Of the names in `marked` (and whether they are) those to remove when `new` is complete: all but the newest `keep`,
+    of which one that the run has `skipped` is none. What is newer and not skipped is another writer's and stays."""
+    newest = sorted((name for name, is_marked in marked.items() if is_marked and name not in skipped), reverse=True)
+    kept = {new, *newest[:keep]}
+    return [name for name in marked if name not in kept and (name in skipped or name <= max([new, *newest]))]
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,8 @@ class StepFolders:
 
     root: Path
     """Where ranks write."""
+    skipped: set[str] = field(default_factory=set, kw_only=True, compare=False)
+    """Those that this run has found damaged when it looked for where to go on."""
 
     def sent(self, folder: Path, files: list[Path]) -> None:
         """This rank has written its files and their manifest."""
@@ -142,14 +143,21 @@ class StepFolders:
     def complete(self, folder: Path, ranks: int, keep: int) -> None:
         """Every rank has: mark the checkpoint, and remove all but the newest `keep`. Called once."""
         mark_complete(folder, ranks)
-        remove_old(self.root, keep)
+        marked = {found.name: (found / MARKER).exists() for found in _folders(self.root)}
+        for name in outdated(marked, folder.name, keep, self.skipped):
+            shutil.rmtree(self.root / name)
 
     def leave(self, folder: Path) -> None:
         """The checkpoint is marked, and this rank is done with it."""
 
     def newest(self, on_torn: Callable[[str, str], None]) -> str | None:
         """Name of the newest that is complete; `on_torn` gets the name of each newer one that is not, with why."""
-        found = newest_complete(self.root, lambda folder, why: on_torn(folder.name, why))
+
+        def torn(folder: Path, why: str) -> None:
+            self.skipped.add(folder.name)
+            on_torn(folder.name, why)
+
+        found = newest_complete(self.root, torn)
         return None if found is None else found.name
 
     def open(self, name: str) -> Path:

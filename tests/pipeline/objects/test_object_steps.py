@@ -39,10 +39,11 @@ def steps(build: ObjectBuild, node: str) -> ObjectSteps:
     return ObjectSteps.of(build.site, build.progress / node / STAGE.identity)
 
 
-def write(build: ObjectBuild, step: int, ranks: int = RANKS, mark: bool = True, keep: int = 2) -> str:
+def write(build: ObjectBuild, step: int, mark: bool = True, keep: int = 2, first: ObjectSteps | None = None) -> str:
     """Every rank writes its part; the first marks."""
+    first = first or steps(build, "node-0")
     name = new_name(step)
-    for rank in range(ranks):
+    for rank in range(RANKS):
         own = steps(build, f"node-{rank}")
         folder = own.root / name
         folder.mkdir(parents=True)
@@ -51,13 +52,12 @@ def write(build: ObjectBuild, step: int, ranks: int = RANKS, mark: bool = True, 
         files += [write_position(folder, Position(step, step * 10))] if rank == 0 else []
         own.sent(folder, [*files, write_manifest(folder, rank, files)])
     if mark:
-        first = steps(build, "node-0")
         run = StageRun(STAGE, {}, build.staging, build.progress / "node-0", build.lease.folder, site=build.site)
         with Courier(build.site, run):
             run.log_metrics(step, 20, {"train/loss": 1.0})
             first.complete(first.root / name, RANKS, keep)
             assert [line["step"] for line in lines(build)][-1] == step, "the lines before it are there when it is"
-    for rank in range(ranks):
+    for rank in range(RANKS):
         steps(build, f"node-{rank}").leave(steps(build, f"node-{rank}").root / name)
     return name
 
@@ -119,6 +119,19 @@ def test_a_damaged_one_is_named_and_skipped(build: ObjectBuild, content: bytes |
     with pytest.raises(UserError, match="this step checkpoint is damaged"):
         steps(build, "another").open(damaged)
     assert look(build) == ((5, f"{damaged} ({why})") if seen else (10, ""))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_that_were_skipped_make_room_for_the_run_that_goes_on(build: ObjectBuild, keep: int):
+    whole = write(build, 5, keep=9)
+    for name in (write(build, 10, keep=9), write(build, 15, keep=9)):
+        build.store.bucket.write(f"{build.key}/progress/{STAGE.identity}/{name}/rank-00001.safetensors", b"?")
+    first = steps(build, "node-0")
+    assert first.newest(lambda name, why: None) == whole
+    new = write(build, 7, keep=keep, first=first)
+    assert newest(build) == (new, {})
+    there = {key.split("/")[4] for key in build.store.bucket.list(f"{build.key}/progress/{STAGE.identity}/")}
+    assert there == {new, *([whole] if keep == 2 else [])}
 
 
 def test_publishing_removes_them_and_keeps_the_curve(build: ObjectBuild):

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.training import checkpoints
-from pipeline.training.checkpoints import Position
+from pipeline.training.checkpoints import Position, StepFolders
 
 
-def write(root: Path, step: int, ranks: int = 2) -> Path:
-    """A complete checkpoint with one small file per rank."""
+def write(root: Path, step: int, ranks: int = 2, marked: bool = True) -> Path:
+    """A complete checkpoint with one small file per rank; complete but for its marker if not `marked`."""
     folder = root / checkpoints.new_name(step)
     folder.mkdir(parents=True)
     for rank in range(ranks):
@@ -17,7 +17,8 @@ def write(root: Path, step: int, ranks: int = 2) -> Path:
         file.write_bytes(bytes([rank]) * 100)
         position = [checkpoints.write_position(folder, Position(step=step, tokens=10 * step))] if rank == 0 else []
         checkpoints.write_manifest(folder, rank, [file, *position])
-    checkpoints.mark_complete(folder, ranks)
+    if marked:
+        checkpoints.mark_complete(folder, ranks)
     return folder
 
 
@@ -64,14 +65,49 @@ def test_a_torn_checkpoint_is_named_with_its_damage_and_the_one_before_is_used(
     assert reason in named[torn.name]
 
 
+def go_on(root: Path, step: int, keep: int, steps: StepFolders | None = None) -> tuple[Path, StepFolders]:
+    """A run that resumes from the newest complete one, unless it has, and writes its next."""
+    if steps is None:
+        steps = StepFolders(root)
+        steps.newest(lambda name, why: None)
+    folder = write(root, step, marked=False)
+    steps.complete(folder, 2, keep)
+    return folder, steps
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
 def test_old_and_torn_checkpoints_are_removed_and_foreign_folders_and_newer_ones_stay(tmp_path: Path) -> None:
-    torn, _oldest, older, newest = (write(tmp_path, step) for step in (1, 2, 3, 4))
+    torn, _oldest, older = (write(tmp_path, step) for step in (1, 2, 3))
     (torn / "complete.json").unlink()
+    steps = StepFolders(tmp_path)
+    assert steps.newest(lambda name, why: None) == older.name
     being_written = tmp_path / checkpoints.new_name(5)
     being_written.mkdir()
     (tmp_path / "notes").mkdir()
-    checkpoints.remove_old(tmp_path, keep=2)
-    assert {path.name for path in tmp_path.iterdir()} == {older.name, newest.name, being_written.name, "notes"}
+    newest, _ = go_on(tmp_path, 4, 2, steps)
+    assert names(tmp_path) == {older.name, newest.name, being_written.name, "notes"}
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_that_were_skipped_make_room_for_the_run_that_goes_on(tmp_path: Path, keep: int) -> None:
+    whole = write(tmp_path, 100)
+    for step in (400, 600):
+        (write(tmp_path, step) / "rank-00000.safetensors").write_bytes(b"x" * 100)
+    first, steps = go_on(tmp_path, 200, keep)
+    assert names(tmp_path) == {first.name, *([whole.name] if keep == 2 else [])}
+    second, _ = go_on(tmp_path, 300, keep, steps)
+    assert names(tmp_path) == {second.name, *([first.name] if keep == 2 else [])}
+
+
+def test_a_late_writer_that_was_given_up_removes_nothing_of_its_successor(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    _, late = go_on(tmp_path, 20, 2)
+    successors = {go_on(tmp_path, step, 2)[0].name for step in (40, 50)}
+    own, _ = go_on(tmp_path, 30, 2, late)
+    assert names(tmp_path) == {*successors, own.name}
 
 
 def test_two_checkpoints_of_one_step_have_different_names() -> None:
