@@ -47,6 +47,8 @@ TTL = 90.0
 LEASE_FILE = "lease.json"
 _NUMBER = re.compile(r"[0-9]{4,9}")
 """Name of an attempt's folder."""
+_NO_LEASE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, None)
+"""Errors of a look at a lease that say that there is none; None: something else than a file is in its place."""
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 """Errors of a rename that came too late: the number is taken, or its winner has cleared this contender away."""
 
@@ -141,10 +143,9 @@ class Heartbeat(ABC):
     def _close(self) -> None:
         """Write down that the lease is over."""
 
+    @abstractmethod
     def require(self) -> None:
         """Raise LeaseLost unless it is still held."""
-        if not self.held():
-            raise LeaseLost(f"{self.folder}: another process has taken over, or the folder was removed")
 
     def release(self) -> None:
         """Stop the heartbeat and mark the lease as over. A second call does nothing."""
@@ -177,9 +178,22 @@ class Lease(Heartbeat):
         super().__init__(folder, int(folder.name), owner, beat)
 
     def held(self) -> bool:
-        """Whether this is still the newest attempt, and the lease on disk this one and not over.
+        """Whether this is still the newest attempt, and the lease on disk this one and not over, as far as can be seen.
 
-        By its token, not its inode: some network file systems give a file another inode at every look."""
+        A look that fails (too many open files, a file server that is away for a moment) does not say that it is lost."""
+        try:
+            return self._looked_up()
+        except OSError as error:
+            log.warning("%s cannot be looked at, and is taken as still held: %s", self.folder, error)
+            return True
+
+    def require(self) -> None:
+        """Raise LeaseLost unless it is still held, OSError when that cannot be seen."""
+        if not self._looked_up():
+            raise LeaseLost(f"{self.folder}: another process has taken over, or the folder was removed")
+
+    def _looked_up(self) -> bool:
+        """By its token, not its inode: some network file systems give a file another inode at every look."""
         try:
             owner, over = _parse((self.folder / LEASE_FILE).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
@@ -305,7 +319,9 @@ class Watch:
         except FileNotFoundError:
             return Sighting("dead", number, None, "its lease.json is gone")
         except OSError as error:
-            return Sighting("dead", number, None, f"its lease.json cannot be read: {error.strerror}")
+            if error.errno in _NO_LEASE:
+                return Sighting("dead", number, None, f"its lease.json cannot be read: {error.strerror}")
+            return self.judge(number, None, b"")  # no sign of life, and none of death: the clock decides
         owner, over = _parse(raw)
         return Sighting("free", number, owner) if over else self.judge(number, owner, raw, time.time() - written)
 

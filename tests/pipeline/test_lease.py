@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,8 +54,16 @@ def lease(attempts: Path) -> Iterator[Lease]:
     taken.release()
 
 
-def disk_full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def failing(number: int) -> Callable[..., None]:
+    """A call of the system that fails."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+disk_full = failing(errno.ENOSPC)
 
 
 def foreign(attempts: Path, number: int = 1, beat: int = 0, state: str = "held") -> Path:
@@ -242,6 +250,42 @@ def test_an_unreadable_lease_is_left_to_the_heartbeats_clock(attempts: Path):
         clock.now += 20.0
         watch.look()
     assert watch.look().state == "dead"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_lease_that_cannot_be_looked_at_is_left_to_the_heartbeats_clock(
+    attempts: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    clock = Clock()
+    watch = Watch(attempts, ttl=90.0, clock=clock)
+    with monkeypatch.context() as away:
+        away.setattr(Path, "read_bytes", failing(number))
+        states = []
+        for _ in range(6):
+            states.append(watch.look().state)
+            clock.now += 20.0
+    assert states == ["held"] * 5 + ["dead"]
+    assert watch.look().state == "held", "it can be read again"
+
+
+def test_what_is_no_lease_in_its_place_is_dead_at_once(attempts: Path):
+    foreign(attempts, 1).unlink()
+    (attempt_folder(attempts, 1) / LEASE_FILE).mkdir()
+    assert Watch(attempts).look().state == "dead"
+    attempt_folder(attempts, 2).touch()
+    assert Watch(attempts).look().state == "dead"
+    attempt_folder(attempts, 3).mkdir()
+    (attempt_folder(attempts, 3) / LEASE_FILE).symlink_to(LEASE_FILE)
+    assert Watch(attempts).look().state == "dead"
+
+
+def test_a_holder_that_cannot_look_at_its_lease_goes_on_but_does_not_publish(
+    lease: Lease, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Path, "read_bytes", failing(errno.EMFILE))
+    assert lease.held()
+    with pytest.raises(OSError, match="Too many open files"):
+        lease.require()
 
 
 def test_an_attempt_without_a_lease_is_dead(attempts: Path):
