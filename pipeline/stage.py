@@ -170,7 +170,7 @@ class Site(Protocol):
         ...
 
     def stop_flag(self) -> StopFlag:
-        """What is raised when the stage shall save its position and end."""
+        """What is raised when the attempt shall save its position and end."""
         ...
 
 
@@ -235,8 +235,8 @@ class StageRun:
         return str(self.attempt) if self.site is None else self.site.logs
 
     def stop_flag(self) -> StopFlag:
-        """What is raised, from wherever, when workers shall save their position and end."""
-        return StopFile(self.progress / STOP_FILE) if self.site is None else self.site.stop_flag()
+        """What is raised, from wherever, when this attempt's workers shall save their position and end."""
+        return StopFile(self.attempt / STOP_FILE) if self.site is None else self.site.stop_flag()
 
     @property
     def config(self) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 STOP_FILE = "stop"
-"""In the progress folder of a stage that shall save its position and end."""
+"""In the folder of an attempt that shall save its position and end. Of its attempt alone: who has lost its lease, and
+ends what works for it, must not end its successor."""
 
 
 class StopFlag(Protocol):

@@ -3,7 +3,7 @@
     <store>/<stage>/<label>_<identity>/
         identity.json            what the stage is, its inputs spelled out
         lease.json               -> the newest attempt's (a link for people)
-        attempts/0001/           lease.json, attempt.json, log.txt, outcome.json; see pipeline.lease
+        attempts/0001/           lease.json, attempt.json, log.txt, stop, outcome.json; see pipeline.lease
         progress/                outlives attempts: metrics.jsonl, stopped.json, and until it is finished, in folders,
                                  what a resume needs: <identity>/step-00000200-3f9a1c/ (pipeline.training.checkpoints)
         staging-0001/            a payload being written; renamed as a whole to
@@ -116,9 +116,10 @@ class Store:
         """Around many looks at these stages: a folder is looked at as it is."""
         return nullcontext()
 
-    def stop_flag(self, stage: Stage) -> StopFlag:
-        """Raised, it asks a stage that is being built to save its position and end."""
-        return StopFile(self.progress(stage) / STOP_FILE)
+    def stop_flag(self, stage: Stage) -> StopFlag | None:
+        """Raised, it asks the newest attempt at a stage to save its position and end; None without any."""
+        newest = newest_attempt(attempts := self.folder(stage) / "attempts")
+        return StopFile(attempt_folder(attempts, newest) / STOP_FILE) if newest else None
 
     def interrupt_flag(self) -> StopFlag:
         """A new flag, for a run to ask all its trials to end."""

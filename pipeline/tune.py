@@ -275,8 +275,9 @@ class CooperativeAsha(FIFOScheduler):
 def request_stop(cell: Cell, store: Store, reason: str) -> None:
     """Ask the cell's distillation to save its position and end."""
     stage = cell.stage("distill")
-    if stage is not None and store.find(stage.identity) is not None:
+    if stage is not None:
         try:
-            store.stop_flag(stage).ask(reason)
+            if (flag := store.stop_flag(stage)) is not None:
+                flag.ask(reason)
         except OSError as error:  # the next rung asks again
             log.warning("%s could not be asked to end: %s", cell.label, error)

@@ -90,8 +90,8 @@ class ObjectSite:
         self.bucket.remove_below(self.payload)
 
     def stop_flag(self) -> ObjectFlag:
-        """What is raised when the stage shall save its position and end."""
-        return ObjectFlag(self.bucket, f"{self.folder}/progress/{STOP_FILE}")
+        """What is raised when the attempt shall save its position and end."""
+        return ObjectFlag(self.bucket, f"{self.folder}/attempts/{attempt_name(self.attempt)}/{STOP_FILE}")
 
     @property
     def logs(self) -> str:

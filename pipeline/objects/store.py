@@ -2,7 +2,7 @@
 
     <url>/<stage>/<label>_<identity>/
         identity.json               what the stage is
-        attempts/0003/              lease.json, beat.json (`pipeline.objects.leases`), attempt.json, outcome.json, logs;
+        attempts/0003/              lease.json, beat.json (`pipeline.objects.leases`), attempt.json, outcome.json, stop, logs;
                                     delivered/<token>.json: what one process has delivered, with digests
         progress/                   metrics/ (segments of lines), stopped.json, step checkpoints, finished shards
         payload-0003/               the files that attempt 3 has delivered
@@ -34,13 +34,13 @@ from overfill.errors import UserError
 from pipeline.lease import TTL, Sighting
 from pipeline.objects.bucket import Bucket
 from pipeline.objects.flags import ObjectFlag
-from pipeline.objects.leases import ObjectWatch, acquire
+from pipeline.objects.leases import ObjectWatch, acquire, newest
 from pipeline.objects.mirror import ALTERED_NOTE, Damaged, Mirror, payload_prefix
 from pipeline.objects.site import ObjectSite
 from pipeline.record import RECORD_FILE, Record
 from pipeline.resume import Facts
 from pipeline.stage import Stage, topological
-from pipeline.stop import STOP_FILE, StopFlag
+from pipeline.stop import StopFlag
 from pipeline.store import IDENTITY_FILE, AlteredArtifact, Store
 
 log = logging.getLogger(__name__)
@@ -250,9 +250,10 @@ class ObjectStore(Store):
         }
         return ObjectSite(self.bucket, self.key(self.folder(stage)), attempt, inputs)
 
-    def stop_flag(self, stage: Stage) -> StopFlag:
-        """Raised, it asks a stage that is being built to save its position and end."""
-        return ObjectFlag(self.bucket, f"{self.key(self.folder(stage))}/progress/{STOP_FILE}")
+    def stop_flag(self, stage: Stage) -> StopFlag | None:
+        """Raised, it asks the newest attempt at a stage to save its position and end; None without any."""
+        number = newest(self.bucket, f"{self.key(self.folder(stage))}/attempts/")
+        return self.site(stage, number).stop_flag() if number else None
 
     def interrupt_flag(self) -> StopFlag:
         """A new flag, for a run to ask all its trials to end."""

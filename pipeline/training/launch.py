@@ -66,7 +66,6 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
     name = run.stage.identity
     (run.progress / name / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     stop = run.stop_flag()
-    stop.clear()
     trainer = Trainer(
         Retries(Budget.of(resources)),
         function,

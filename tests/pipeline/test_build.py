@@ -22,6 +22,7 @@ from pipeline.lease import LeaseLost
 from pipeline.record import libraries, plain_metrics, read_json, source_commit, write_json
 from pipeline.resume import Facts
 from pipeline.runner import run_graph
+from pipeline.stage import StageRun
 from pipeline.store import Store
 
 HERE = Path(__file__).parent
@@ -49,6 +50,22 @@ def begin(store: Store) -> Build:
 
 def outcome(build: Build) -> dict[str, object]:
     return read_json(build.lease.folder / "outcome.json") or {}
+
+
+def run_of(build: Build) -> StageRun:
+    return StageRun(build.stage, {}, build.staging, build.progress, build.lease.folder)
+
+
+def test_who_has_lost_the_lease_ends_its_own_workers_and_not_those_of_its_successor(store: Store, build: Build):
+    (build.progress / "stop").touch()  # of a version that had one flag for all attempts
+    successor = Build.begin(store, STAGE, Facts(lease="dead", attempt=1))
+    assert successor is not None
+    lost, held = run_of(build).stop_flag(), run_of(successor).stop_flag()
+    lost.ask("lost the lease")
+    assert (lost(), held()) == (True, False)
+    asked = store.stop_flag(STAGE)
+    assert asked == held, "a scheduler asks who builds now"
+    successor.release()
 
 
 def test_a_process_killed_at_any_line_leaves_nothing_or_a_whole_artifact_and_the_next_one_finishes():

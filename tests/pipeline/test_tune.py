@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from synthetic_store import toy_cells
 
 from pipeline.config import AshaConfig
+from pipeline.lease import acquire
 from pipeline.stop import STOP_FILE
 from pipeline.store import Store
 from pipeline.tune import DEATH_KNOWN_S, RUNG_METRIC, AfterDeath, CooperativeAsha, request_stop
@@ -28,6 +30,13 @@ def scheduler(cells: list[Any], root: Any) -> CooperativeAsha:
     return CooperativeAsha(asha, cells, Store(root))
 
 
+def attempt_at(store: Store, cell: Any) -> Path:
+    """An attempt's folder, with a lease that is over: a request to stop only looks for the newest."""
+    folder = store.create(cell.stage("distill")) / "attempts"
+    with acquire(folder, after=0) as lease:
+        return lease.folder
+
+
 def trial(place: int) -> Any:
     return SimpleNamespace(config={"place": place}, trial_id=f"trial-{place}", is_finished=lambda: False)
 
@@ -40,29 +49,32 @@ def test_a_worse_cell_of_the_same_group_is_asked_to_stop_and_not_killed(cells, t
     cell, store = cells[0], Store(tmp_path)
     twin = SimpleNamespace(**{name: getattr(cell, name) for name in ("teacher", "widths", "method", "seed", "config")})
     twin.index, twin.stage = 99, cell.stage
-    store.create(cell.stage("distill"))
+    stop = attempt_at(store, cell) / STOP_FILE
     asha = scheduler([cell, twin], tmp_path)
     better, worse = trial(0), trial(1)
     for one in (better, worse):
         asha.on_trial_add(None, one)
     assert report(asha, better, 10, 1.0) == asha.CONTINUE
-    assert not (store.progress(cell.stage("distill")) / STOP_FILE).exists()
+    assert not stop.exists()
     assert report(asha, worse, 10, 2.0) == asha.CONTINUE, "a request, not a kill"
-    assert "step 10" in (store.progress(cell.stage("distill")) / STOP_FILE).read_text()
+    assert "step 10" in stop.read_text()
 
 
 def test_cells_of_other_ratios_methods_or_seeds_do_not_compete(cells, tmp_path):
     store = Store(tmp_path)
     asha = scheduler(cells, tmp_path)
     for place, cell in enumerate(cells):
-        store.create(cell.stage("distill"))
+        attempt_at(store, cell)
         asha.on_trial_add(None, trial(place))
         report(asha, trial(place), 10, 1.0 + place)
     assert not list(tmp_path.rglob(STOP_FILE))
 
 
 def test_a_stop_can_only_be_asked_of_a_stage_that_has_begun(cells, tmp_path):
-    request_stop(cells[0], Store(tmp_path), "because")
+    store = Store(tmp_path)
+    request_stop(cells[0], store, "because")
+    store.create(cells[0].stage("distill"))
+    request_stop(cells[0], store, "because")
     assert not list(tmp_path.rglob(STOP_FILE))
 
 

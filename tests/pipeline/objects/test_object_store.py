@@ -335,6 +335,23 @@ def test_a_request_to_stop_is_seen_by_whoever_holds_the_flag(
     assert not store.bucket.list("tune/")
 
 
+def test_who_has_lost_the_lease_ends_its_own_workers_and_not_those_of_its_successor(store: ObjectStore):
+    stage = toy()
+    assert store.stop_flag(stage) is None
+    loser = begin(store, stage)
+    successor = begin(store, stage, Facts(lease="dead", attempt=1, error="silent"))
+    loser.site.stop_flag().ask("lost the lease")
+    assert (loser.site.stop_flag()(), successor.site.stop_flag()()) == (True, False)
+    asked = store.stop_flag(stage)
+    assert asked == successor.site.stop_flag(), "a scheduler asks who builds now"
+    asked.ask("halving")
+    assert successor.site.stop_flag()()
+    assert store.sighting(store.folder(stage)).attempt == 2, "a flag is no attempt"
+    for build in (loser, successor):
+        build.interrupt("test")
+        build.release()
+
+
 def test_a_builder_that_dies_is_found_dead_and_its_end_written_down(url: str, tmp_path: Path):
     script = [sys.executable, str(HERE / "store_toys.py"), "build", url, "60"]
     process = subprocess.Popen(script, env=ENVIRONMENT, cwd=tmp_path)
