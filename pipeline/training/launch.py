@@ -137,14 +137,22 @@ def _final(error: TrainingFailedError, run: StageRun, resources: StageResources)
 
 @contextmanager
 def _forward_stop(requested: Callable[[], bool], flag: StopFlag) -> Iterator[None]:
-    """While inside, raise the flag that workers look for as soon as the stage is asked to stop."""
+    """While inside, raise the flag that workers look for as soon as the stage is asked to stop.
+
+    A file system that fails for a moment delays that, and no more."""
     ended = threading.Event()
 
     def watch() -> None:
+        warned = False
         while not ended.wait(STOP_POLL_S):
-            if requested():
-                flag.ask()
-                return
+            try:
+                if requested():
+                    flag.ask()
+                    return
+            except OSError as error:
+                if not warned:  # an outage is many looks
+                    log.warning("whether to stop cannot be looked up or told to the workers; trying again: %s", error)
+                warned = True
 
     watcher = threading.Thread(target=watch, name="forward-stop", daemon=True)
     watcher.start()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 
@@ -45,6 +46,33 @@ def test_a_request_to_stop_reaches_the_workers_as_a_file(tmp_path: Path) -> None
         while not stop() and time.monotonic() < deadline:
             time.sleep(0.01)
     assert stop()
+
+
+def test_a_request_to_stop_survives_a_file_system_that_fails_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.training.launch.STOP_POLL_S", 0.001)
+    errors = [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")]
+    stop = StopFile(tmp_path / "stop")
+    ask = stop.ask
+
+    def requested() -> bool:
+        if len(errors) > 1:
+            raise errors.pop()
+        return True
+
+    def failing_ask(self: StopFile, why: str = "") -> None:
+        if errors:
+            raise errors.pop()
+        ask(why)
+
+    monkeypatch.setattr(StopFile, "ask", failing_ask)
+    with _forward_stop(requested, stop):
+        deadline = time.monotonic() + 10
+        while not stop() and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert stop()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_without_a_request_no_file_appears(tmp_path: Path) -> None:
