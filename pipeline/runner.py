@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,20 @@ def _ignore(*_: Any) -> None:
     """No display."""
 
 
+class Remembered:
+    """A question whose yes holds: who asks a run to end may be gone, with its flag, while the run still saves its position,
+    and that would look as if the scheduler had stopped it."""
+
+    def __init__(self, question: Callable[[], bool]) -> None:
+        self._question = question
+        self._yes = False
+
+    def __call__(self) -> bool:
+        """The answer, asked for until it is yes."""
+        self._yes = self._yes or self._question()
+        return self._yes
+
+
 @dataclass(frozen=True)
 class RunContext:
     """What the machine supplies; nothing of it counts in an identity."""
@@ -112,6 +126,7 @@ def run_graph(
     or meanwhile in another process), StageStopped (by the scheduler), StageInterrupted (this run shall end) and
     AlteredArtifact (a needed one is damaged)."""
     context = context or RunContext()
+    context = replace(context, stop_requested=Remembered(context.stop_requested))
     targets = sinks(stages) if targets is None else list(targets)
     before = store.ended_attempts(topological(targets)) if context.before is None else context.before
     told: set[tuple[str, str]] = set()

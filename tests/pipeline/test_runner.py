@@ -228,6 +228,14 @@ def test_what_had_to_end_with_its_run_is_interrupted_and_the_next_run_goes_on_by
     assert run_graph([stage], store)[stage.identity].metrics == {"first": 1}
 
 
+def test_what_was_asked_to_end_is_interrupted_also_when_who_asked_is_gone_by_then(store: Store):
+    stage = toy(does="steps")
+    answers = iter([False, False, True])  # before it begins, at its first step, at its second; then the flag is down
+    with pytest.raises(StageInterrupted, match="asked to end: stopped at step 2"):
+        run_graph([stage], store, RunContext(stop_requested=lambda: next(answers, False)))
+    assert run_graph([stage], store)[stage.identity].metrics == {"first": 2}
+
+
 def test_a_run_that_shall_end_begins_nothing(store: Store, journal: Path):
     teacher, distill, _ = chain()
     done = (store.payload(teacher) / "record.json").exists
