@@ -166,7 +166,7 @@ def _decide(
     if facts.outcome == "failed" and before is not None and facts.attempt > before.get(stage.identity, 0):
         return Refuse(stage, f"attempt {facts.attempt} failed: {facts.error} ({facts.log})", "failed")
     if facts.stopped and not continue_stopped:
-        return Refuse(stage, f"{facts.stopped}; `overfill resume` continues it", "stopped")
+        return Refuse(stage, f"{facts.stopped}; `overfill resume --continue-stopped` continues it", "stopped")
     sources = [(source, decided[source.identity]) for source in _distinct(stage.input_stages)]
     blocked = [source.name for source, action in sources if isinstance(action, Wait | Refuse)]
     if blocked:

@@ -94,7 +94,9 @@ def test_a_payload_that_the_user_removed_is_built_again():
 
 def test_what_the_scheduler_stopped_stays_stopped_until_it_is_continued():
     stopped = Facts(checkpoint=100, attempt=1, outcome="stopped", stopped="stopped at step 100")
-    assert only(stopped) == Refuse(DISTILL, "stopped at step 100; `overfill resume` continues it", "stopped")
+    assert only(stopped) == Refuse(
+        DISTILL, "stopped at step 100; `overfill resume --continue-stopped` continues it", "stopped"
+    )
     assert only(stopped, continue_stopped=True) == Resume(
         DISTILL, "from step checkpoint 100 of attempt 1: stopped at step 100"
     )
