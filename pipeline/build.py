@@ -8,6 +8,7 @@ publishes a whole payload, which the new holder then finds in its way and uses, 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -39,6 +40,9 @@ from pipeline.stage import Stage
 from pipeline.store import ATTEMPT_FILE, LOG_FILE, OUTCOME_FILE, STOPPED_FILE, AlteredArtifact, Store
 
 log = logging.getLogger(__name__)
+
+_OVERTAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
+"""Errors of the publishing rename that say that another process has published, or has cleared the staging folder."""
 
 
 @dataclass
@@ -116,22 +120,31 @@ class Build:
         """Make the staging folder the artifact.
 
         Raises LeaseLost when another process has taken over, ValueError for a link in the payload, TypeError for a
-        metric that is neither number nor string; then nothing is published."""
+        metric that is neither number nor string, OSError where it cannot be written; then nothing is published."""
         record = self._record(metrics)
         write_text(self.staging / RECORD_FILE, record.model_dump_json(indent=2) + "\n")
         self.lease.require()
         try:
             self.staging.rename(self.folder / "payload")
         except OSError as error:
+            if error.errno not in _OVERTAKEN:
+                raise
             raise LeaseLost(f"{self.folder}: its payload was published or its staging removed meanwhile") from error
+        try:
+            self._settle(record)
+        except OSError:  # the artifact is there; gc removes what is left
+            log.warning("%s is published, but not all beside it is in order", self.folder, exc_info=True)
+        self._end("done")
+        return record
+
+    def _settle(self, record: Record) -> None:
+        """What is left to do once the artifact is there."""
+        sync(self.folder)  # before anything goes that would be needed again without it
         for name, entry in record.files.items():
             remember_digest(self.folder / "payload" / name, entry.sha256)
-        sync(self.folder)
-        self._end("done")
         for folder in self.progress.iterdir():
             if folder.is_dir():  # step checkpoints: never needed again, and several payloads large
                 shutil.rmtree(folder, ignore_errors=True)
-        return record
 
     def _files(self) -> dict[str, FileEntry]:
         """What was made, on disk and digested."""
@@ -185,16 +198,26 @@ class Build:
 
     def release(self) -> None:
         """Give the lease back; an attempt that has no outcome yet was interrupted. A second call does nothing."""
-        if not self.ended:
-            self.interrupt("it ended outside of its function")
-        self.lease.release()
+        try:
+            if not self.ended:
+                self.interrupt("it ended outside of its function")
+        finally:
+            self.lease.release()
 
     def _abandon(self, status: Outcome, error: str) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)  # another holder may be clearing it away at the same time
         self._end(status, error)
 
     def _end(self, status: Outcome, error: str = "") -> None:
+        """Write down how it ended. Raises no OSError: what was published or what the function raised matters more, and
+        the next attempt finds this one dead."""
         self.ended = True
+        try:
+            self._write_outcome(status, error)
+        except OSError:
+            log.warning("how attempt %d of %s ended could not be written", self.lease.number, self.stage, exc_info=True)
+
+    def _write_outcome(self, status: Outcome, error: str) -> None:
         if not self.lease.folder.is_dir():
             log.warning("%s was removed while it was running", self.lease.folder)
             return

@@ -206,6 +206,8 @@ class Lease(Heartbeat):
     def _close(self) -> None:
         try:
             _write(self._descriptor, self.owner, self._count, over=True)
+        except OSError as error:  # waiters will find it dead instead
+            log.warning("the end of %s could not be written: %s", self.folder, error)
         finally:
             os.close(self._descriptor)
 

@@ -157,12 +157,6 @@ class ObjectBuild(Build):
         except OSError:  # only the copy of the log is missing
             log.warning("%s cannot be looked at", self.key, exc_info=True)
 
-    def _end(self, status: Outcome, error: str = "") -> None:
-        try:
-            super()._end(status, error)
-        except OSError:  # what the function raised is more important; the next attempt finds this one dead
-            log.warning("how attempt %d of %s ended could not be written", self.lease.number, self.key, exc_info=True)
-
     def _abandon(self, status: Outcome, error: str) -> None:
         """An error or a signal may come when the record is there already, or its answer was lost: then files stay."""
         try:

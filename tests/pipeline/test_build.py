@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,11 +18,12 @@ import numpy as np
 import pytest
 from store_toys import toy
 
+import pipeline.build
 from pipeline.build import Build
 from pipeline.lease import LeaseLost
 from pipeline.record import libraries, plain_metrics, read_json, source_commit, write_json
 from pipeline.resume import Facts
-from pipeline.runner import run_graph
+from pipeline.runner import StageFailed, run_graph
 from pipeline.stage import StageRun
 from pipeline.store import Store
 
@@ -46,6 +48,10 @@ def begin(store: Store) -> Build:
     begun = Build.begin(store, STAGE, store.facts(STAGE))
     assert begun is not None
     return begun
+
+
+def disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def outcome(build: Build) -> dict[str, object]:
@@ -115,6 +121,71 @@ def test_a_loser_that_wakes_up_just_before_the_rename_cannot_replace_what_was_pu
     with pytest.raises(LeaseLost, match="published or its staging removed meanwhile"):
         build.publish({})
     assert (store.payload(STAGE) / "weights").read_bytes() == b"new"
+    assert store.verify(STAGE) is not None
+
+
+def test_a_rename_that_fails_for_another_reason_is_a_failure_and_no_takeover(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """Or the stage would be built again and again, for nobody else ever publishes it."""
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if target.name == "payload":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(StageFailed, match="Device or resource busy"):
+        run_graph([STAGE], store)
+    facts = store.facts(STAGE)
+    assert (facts.artifact, facts.outcome, facts.attempt, facts.lease) == ("missing", "failed", 1, "free")
+
+
+@pytest.mark.parametrize("call", ["write_json", "sync", "remember_digest"])
+def test_what_cannot_be_written_beside_a_published_payload_does_not_undo_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, call: str
+):
+    build = begin(store)
+    (build.staging / "weights").write_bytes(b"123")
+    with monkeypatch.context() as full:
+        write_text = pipeline.build.write_text  # the last before the rename
+
+        def then_full(path: Path, text: str) -> None:
+            write_text(path, text)
+            full.setattr(pipeline.build, call, disk_full)
+
+        full.setattr(pipeline.build, "write_text", then_full)
+        record = build.publish({})
+        build.release()
+    assert store.verify(STAGE) == record
+    assert store.status(STAGE).state == "done"
+    assert store.facts(STAGE).lease == "free"
+
+
+def test_why_a_stage_failed_is_told_though_its_outcome_cannot_be_written(store: Store, monkeypatch: pytest.MonkeyPatch):
+    real = pipeline.build.write_json
+    monkeypatch.setattr(
+        pipeline.build,
+        "write_json",
+        lambda path, content: (disk_full if path.name == "outcome.json" else real)(path, content),
+    )
+    with pytest.raises(StageFailed, match="the loss is NaN"):
+        run_graph([toy(does="fail")], store)
+
+
+def test_a_lease_is_given_back_whatever_comes_before(store: Store, monkeypatch: pytest.MonkeyPatch):
+    build = begin(store)
+    monkeypatch.setattr(build, "interrupt", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        build.release()
+    assert store.facts(STAGE).lease == "free"
+
+
+def test_the_end_of_a_lease_that_cannot_be_written_undoes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as full:
+        full.setattr(pipeline.build.Build, "_end", lambda *_: full.setattr("os.pwrite", disk_full))
+        run_graph([STAGE], store)
     assert store.verify(STAGE) is not None
 
 
