@@ -3,7 +3,7 @@
     progress/<identity>/step-00000040-3f9a1c/
         position.json               step, tokens, best so far
         rank-00000.safetensors      the part of the state that this rank wrote, by parameter name
-        rank-00000.json             the manifest of that rank: its files with size and sha256
+        rank-00000.json             the manifest of that rank: how many there are, its files with size and sha256
         complete.json               how many ranks; written last, by one rename, when every manifest is written
 
 A checkpoint is complete if the marker is there and every file that the manifests list has the listed size and digest.
@@ -60,10 +60,12 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def write_manifest(folder: Path, rank: int, files: list[Path]) -> Path:
-    """List this rank's files, which are complete now, with size and sha256; returns the manifest."""
+def write_manifest(folder: Path, rank: int, ranks: int, files: list[Path]) -> Path:
+    """List this rank's files, which are complete now, with size and sha256; returns the manifest.
+
+    It says how many ranks there are too, so that a marker with another number does not leave out any."""
     listed = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-    _write_json(_manifest(folder, rank), {"files": listed})
+    _write_json(_manifest(folder, rank), {"ranks": ranks, "files": listed})
     return _manifest(folder, rank)
 
 
@@ -82,8 +84,13 @@ def why_incomplete(folder: Path, digests: bool = True) -> str | None:
     """What is wrong with a checkpoint folder; None when it is complete. With `digests`, reads every byte of it."""
     try:
         ranks = int(_read_json(folder / MARKER)["ranks"])
+        if ranks < 1:
+            return f"{MARKER} says {ranks} ranks"
         for rank in range(ranks):
-            for name, expected in _read_json(_manifest(folder, rank))["files"].items():
+            manifest = _read_json(_manifest(folder, rank))
+            if manifest.get("ranks") != ranks:
+                return f"{MARKER} says {ranks} ranks, {_manifest(folder, rank).name} {manifest.get('ranks', 'none')}"
+            for name, expected in manifest["files"].items():
                 size = (folder / name).stat().st_size
                 if size != expected["bytes"]:
                     return f"{name} has {size} bytes, {expected['bytes']} were written"

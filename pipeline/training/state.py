@@ -42,7 +42,7 @@ def save(engine: StudentEngine, steps: StepFolders, position: Position, place: P
     file = folder / f"rank-{place.rank:05d}.safetensors"
     save_file(mine | _random_state(place), file)
     files = [file, checkpoints.write_position(folder, position)] if place.first else [file]
-    steps.sent(folder, [*files, checkpoints.write_manifest(folder, place.rank, files)])
+    steps.sent(folder, [*files, checkpoints.write_manifest(folder, place.rank, place.workers, files)])
     place.barrier()
     if place.first:
         steps.complete(folder, place.workers, keep)

@@ -159,7 +159,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build.release()
     marker = store.store.progress(other) / other.identity / "step-00000004-abcdef" / "complete.json"
     marker.parent.mkdir(parents=True)
-    marker.write_text('{"ranks": 0}')
+    marker.with_name("rank-00000.json").write_text('{"ranks": 1, "files": {}}')
+    marker.write_text('{"ranks": 1}')
     store.begin(other).release()
     folder = root / "sweeps" / "toy"
     folder.mkdir(parents=True)

@@ -71,7 +71,8 @@ def steps(run: StageRun) -> dict[str, int]:
         run.log_metrics(step, 10, {"train/loss": 1.0 / step}, tokens=step * 16)
         folder = run.progress / run.stage.identity / f"step-{step:08d}-abcdef"
         folder.mkdir(parents=True)
-        (folder / "complete.json").write_text('{"ranks": 0}')
+        (folder / "rank-00000.json").write_text('{"ranks": 1, "files": {}}')
+        (folder / "complete.json").write_text('{"ranks": 1}')
         if run.stop_requested() or step == (run.resources or {}).get("stop_at"):
             raise Stopped(f"stopped at step {step}")
         if step == (run.resources or {}).get("kill_at"):

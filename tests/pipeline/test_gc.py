@@ -68,7 +68,7 @@ def save_checkpoint(store: Store, stage: Stage, step: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "rank-00000.safetensors").write_bytes(bytes(1000))
     files = [folder / "rank-00000.safetensors", checkpoints.write_position(folder, Position(step, 10 * step))]
-    checkpoints.write_manifest(folder, 0, files)
+    checkpoints.write_manifest(folder, 0, 1, files)
     checkpoints.mark_complete(folder, 1)
     return folder
 

@@ -25,7 +25,7 @@ def checkpoint(root: Path, step: int) -> Path:
     folder.mkdir(parents=True)
     file = folder / "rank-00000.safetensors"
     file.write_bytes(b"x" * 100)
-    checkpoints.write_manifest(folder, 0, [file])
+    checkpoints.write_manifest(folder, 0, 1, [file])
     checkpoints.mark_complete(folder, 1)
     return folder
 

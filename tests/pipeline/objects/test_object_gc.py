@@ -301,7 +301,7 @@ def test_a_kill_at_any_moment_leaves_nothing_that_is_taken_for_whole(
     store.bucket.write(f"{key}/progress/metrics/0001-0000-aa-000000.jsonl", b"{}\n")
     step = f"{key}/progress/{UNKNOWN.identity}/{new_name(5)}"
     store.bucket.write(f"{step}/{MARKER}", b'{"ranks": 1}')
-    store.bucket.write(f"{step}/rank-00000.json", b'{"files": {}}')
+    store.bucket.write(f"{step}/rank-00000.json", b'{"ranks": 1, "files": {}}')
     shutil.copytree(place, tmp_path / "with it")
     kept = 0
     for kept in range(100):
@@ -400,7 +400,7 @@ def save_checkpoint(build: ObjectBuild, step: int) -> str:
     folder = steps.root / new_name(step)
     folder.mkdir(parents=True)
     (folder / "rank-00000.safetensors").write_bytes(bytes(1000))
-    steps.sent(folder, [folder / "rank-00000.safetensors", write_manifest(folder, 0, [*folder.iterdir()])])
+    steps.sent(folder, [folder / "rank-00000.safetensors", write_manifest(folder, 0, 1, [*folder.iterdir()])])
     steps.complete(folder, ranks=1, keep=9)
     return f"{build.key}/progress/{build.stage.identity}/{folder.name}/"
 

@@ -50,7 +50,7 @@ def write(build: ObjectBuild, step: int, mark: bool = True, keep: int = 2, first
         (folder / f"rank-{rank:05d}.safetensors").write_bytes(bytes([rank]) * (step + 1))
         files = [folder / f"rank-{rank:05d}.safetensors"]
         files += [write_position(folder, Position(step, step * 10))] if rank == 0 else []
-        own.sent(folder, [*files, write_manifest(folder, rank, files)])
+        own.sent(folder, [*files, write_manifest(folder, rank, RANKS, files)])
     if mark:
         run = StageRun(STAGE, {}, build.staging, build.progress / "node-0", build.lease.folder, site=build.site)
         with Courier(build.site, run):

@@ -16,7 +16,7 @@ def write(root: Path, step: int, ranks: int = 2, marked: bool = True) -> Path:
         file = folder / f"rank-{rank:05d}.safetensors"
         file.write_bytes(bytes([rank]) * 100)
         position = [checkpoints.write_position(folder, Position(step=step, tokens=10 * step))] if rank == 0 else []
-        checkpoints.write_manifest(folder, rank, [file, *position])
+        checkpoints.write_manifest(folder, rank, ranks, [file, *position])
     if marked:
         checkpoints.mark_complete(folder, ranks)
     return folder
@@ -50,6 +50,8 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
         (lambda folder: (folder / "position.json").write_text("{}"), "position.json has 2 bytes"),
         (lambda folder: (folder / "rank-00000.json").write_text('{"files": '), "a manifest is torn"),
         (lambda folder: (folder / "complete.json").write_text("{}"), "a manifest is torn"),
+        (lambda folder: (folder / "complete.json").write_text('{"ranks": 0}'), "complete.json says 0 ranks"),
+        (lambda folder: (folder / "rank-00001.json").write_text('{"files": {}}'), "says 2 ranks, rank-00001.json none"),
         (lambda folder: (folder / "rank-00000.safetensors").write_bytes(b"x" * 100), "sha256 differs"),
         (lambda folder: (folder / "rank-00000.safetensors").write_bytes(b""), "has 0 bytes, 100 were written"),
     ],
@@ -63,6 +65,18 @@ def test_a_torn_checkpoint_is_named_with_its_damage_and_the_one_before_is_used(
     assert found == before
     assert list(named) == [torn.name]
     assert reason in named[torn.name]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_flipped_bit_of_the_marker_changes_what_is_read(tmp_path: Path, ranks: int) -> None:
+    folder = write(tmp_path, 20, ranks)
+    files, marker = checkpoints.rank_files(folder), folder / "complete.json"
+    content = marker.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        marker.write_bytes(flipped)
+        assert checkpoints.why_incomplete(folder, digests=False) or checkpoints.rank_files(folder) == files
 
 
 def go_on(root: Path, step: int, keep: int, steps: StepFolders | None = None) -> tuple[Path, StepFolders]:
