@@ -8,6 +8,7 @@ training) go to the parent run under `<stage>/<label>/…`, once. Final metrics 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +36,8 @@ NOTED = (
 """Results in a cell's description: metric, words, factor, unit."""
 TEXT_LIMIT = 7500
 """MLflow cuts tags at 8,000 characters."""
+LABEL_LIMIT = 120
+"""Characters of a stage's label in the names of metrics, of which MLflow takes 250 each."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,12 @@ def report_note(run: str, report: str) -> str:
     return report[: TEXT_LIMIT - len(plot)] + plot
 
 
+def metric_name(text: str) -> str:
+    """A name that MLflow takes, and the same text where it does: a teacher's folder may have any name."""
+    parts = [re.sub(r"[^\w. :-]", "_", part) for part in text.split("/")]
+    return "/".join("_" if part.strip(".") == "" else part for part in parts)
+
+
 def curve_values(curve: Curve, logged: Mapping[str, int], prefix: str = "") -> list[Value]:
     """The values of a curve behind what is `logged` (metric -> highest step that the run has), by rising step.
 
@@ -159,9 +168,13 @@ def curve_values(curve: Curve, logged: Mapping[str, int], prefix: str = "") -> l
 
 def shared_prefix(stage: StageView, snapshot: Snapshot) -> str:
     """`teacher/small/` for the curves of a shared stage; with its identity where two have the same label."""
-    twins = [other for other in snapshot.stages.values() if (other.name, other.label) == (stage.name, stage.label)]
-    label = stage.label if len(twins) == 1 else f"{stage.label}-{stage.identity}"
-    return f"{stage.name}/{label}/"
+    label = _plain_label(stage)
+    twins = [other for other in snapshot.stages.values() if (other.name, _plain_label(other)) == (stage.name, label)]
+    return f"{stage.name}/{label}/" if len(twins) == 1 else f"{stage.name}/{label}-{stage.identity}/"
+
+
+def _plain_label(stage: StageView) -> str:
+    return metric_name(stage.label[:LABEL_LIMIT])
 
 
 def final_values(view: CellView, row: Row) -> list[Value]:

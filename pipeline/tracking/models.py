@@ -6,6 +6,7 @@ The logged model is a reference (`pipeline.tracking.pyfunc_model`): place and di
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ def student(cell: Cell, store: Store) -> LoggedStudent | None:
     }
     known = {"method": cell.method, "teacher": cell.teacher, "ratio": f"{cell.ratio:g}", "seed": str(cell.seed)}
     return LoggedStudent(
-        name=f"{cell.teacher}-{cell.ratio:g}-{cell.method}-s{cell.seed}".replace(".", "_"),
+        name=re.sub(r"[/:.%\"']", "_", f"{cell.teacher}-{cell.ratio:g}-{cell.method}-s{cell.seed}"),
         parameters=known | {"identity": stage.identity},
         files={REFERENCE_FILE: json.dumps(reference, indent=1) + "\n"},
     )

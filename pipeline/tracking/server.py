@@ -1,4 +1,4 @@
-"""MLflow's client as `tracking_sync.Server`: the only import of mlflow, at the first call."""
+"""MLflow's client as `calls.Server`: the only import of mlflow, at the first call."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from overfill.errors import UserError
+from pipeline.tracking.calls import KEY_TAG, Known, Refused
 from pipeline.tracking.content import RunStatus, Value
 from pipeline.tracking.models import DatasetUse, LoggedStudent
 from pipeline.tracking.pyfunc_model import MAX_NEW_TOKENS, REFERENCE_FILE
-from pipeline.tracking.sync import KEY_TAG, Known
 
 EXPERIMENT = "overfill"
 BATCH = 1000
@@ -45,7 +45,7 @@ def without_login(uri: str) -> tuple[str, dict[str, str]]:
 
 
 class MlflowServer:
-    """`tracking_sync.Server` by MLflow's client. Constructing it imports mlflow, and migrates a database of our own."""
+    """`calls.Server` by MLflow's client. Constructing it imports mlflow, and migrates a database of our own."""
 
     def __init__(self, uri: str, store_root: Path) -> None:
         uri, login = without_login(uri)
@@ -100,14 +100,20 @@ class MlflowServer:
     def send(self, run: str, values: Sequence[Value], parameters: dict[str, Any], tags: dict[str, str]) -> None:
         """Log, `BATCH` values at a time and by rising step, so that a kill in between leaves no holes."""
         from mlflow.entities import Metric, Param, RunTag
+        from mlflow.exceptions import MlflowException
 
         metrics = [Metric(v.key, v.value, round(1000 * v.time), v.step) for v in sorted(values, key=lambda v: v.step)]
         told = [Param(name, str(value)) for name, value in parameters.items()]
         described = [RunTag(name, text) for name, text in tags.items()]
         first = BATCH - len(told) - len(described)
-        self._client.log_batch(run, metrics[:first], told, described)
-        for start in range(first, len(metrics), BATCH):
-            self._client.log_batch(run, metrics[start : start + BATCH])
+        try:
+            self._client.log_batch(run, metrics[:first], told, described)
+            for start in range(first, len(metrics), BATCH):
+                self._client.log_batch(run, metrics[start : start + BATCH])
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            raise Refused(str(error)) from error
 
     def set_status(self, run: str, status: RunStatus, ended: float | None) -> None:
         """`ended` counts for end states only."""

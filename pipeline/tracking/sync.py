@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from overfill.errors import UserError
 from pipeline.fingerprint import fingerprint
+from pipeline.tracking.calls import KEY_TAG, Known, Refused, Server
 from pipeline.tracking.content import (
     CELL_STAGE,
     RunStatus,
@@ -33,7 +34,7 @@ from pipeline.tracking.content import (
     wanted_status,
 )
 from pipeline.tracking.ledger import Entry, Ledger
-from pipeline.tracking.models import DatasetUse, LoggedStudent, datasets, student
+from pipeline.tracking.models import datasets, student
 from pipeline.tracking.samples import sample_tables, tables_tag, task_values
 from pipeline.tracking.view import KIND_TAGS, view_tag
 from pipeline.watch import CellView, Snapshot, Watch
@@ -44,54 +45,8 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 """Raised when runs that are at their end should be written once more."""
-KEY_TAG = "overfill.key"
 REPORT_INTERVAL_S = 300.0
 """Least time between two reports on the parent run while cells are still being worked on."""
-
-
-@dataclass
-class Known:
-    """What a run has on the server."""
-
-    steps: dict[str, int] = field(default_factory=dict)
-    """Metric -> its highest step."""
-    parameters: set[str] = field(default_factory=set)
-
-
-class Server(Protocol):
-    """The calls that MLflow has to answer. Any of them may raise; nothing is lost then."""
-
-    def find(self, run: str | None, key: str) -> str | None:
-        """Id of a run that is there and not deleted: `run`, else the one with this key tag, else None."""
-        ...
-
-    def start(self, name: str, tags: dict[str, str], parent: str | None, started: float | None) -> str:
-        """Begin a run; returns its id."""
-        ...
-
-    def known(self, run: str) -> Known:
-        """What the run has already."""
-        ...
-
-    def send(self, run: str, values: Sequence[Value], parameters: dict[str, Any], tags: dict[str, str]) -> None:
-        """Log to a run."""
-        ...
-
-    def set_status(self, run: str, status: RunStatus, ended: float | None) -> None:
-        """Set where a run is; `ended` in seconds since the epoch."""
-        ...
-
-    def upload(self, run: str, files: dict[str, str | Path]) -> None:
-        """Store artifacts: name -> text, or a file to copy."""
-        ...
-
-    def describe(self, tags: dict[str, str]) -> str:
-        """Tag the experiment that the runs are in; returns its id."""
-        ...
-
-    def link(self, run: str, datasets: Sequence[DatasetUse], student: LoggedStudent | None) -> None:
-        """Say what data a run has read and which model came out of it; what was said already is left as it is."""
-        ...
 
 
 @dataclass
@@ -125,7 +80,7 @@ class Sync:
         self._tags: dict[str, dict[str, str]] = {}
         self._reported: tuple[float, int] = (0.0, 0)
         self.problems: list[str] = []
-        """What of the last `push` did not arrive although the server answers: artifacts."""
+        """What of the last `push` did not arrive although the server answers: artifacts, what it refuses."""
 
     def snapshot(self) -> Snapshot:
         """The cells now."""
@@ -229,9 +184,9 @@ class Sync:
             files |= results
             values += [value for value in finals if value.step > known.steps.get(value.key, -1)]
         told = {name: value for name, value in parameters(view.cell).items() if name not in known.parameters}
-        self._send(server, entry.run, values, told, described)
+        arrived = self._send(server, entry.run, values, told, described)
         self._set_status(server, entry, status, end_time(view))
-        arrived = self._upload(server, entry.run, files)
+        arrived = self._upload(server, entry.run, files) and arrived
         if status == "FINISHED":
             arrived = self._link(server, entry.run, view) and arrived
         entry.content = _content(view) if arrived and status != "RUNNING" else ""
@@ -303,10 +258,9 @@ class Sync:
     # --- the parent's own content
 
     def _push_shared_curves(self, server: Server, parent: str, now: Snapshot) -> None:
-        known = self._known[parent]
         for stage in now.stages.values():
-            curve = self._watch.curve(stage.identity)
-            if stage.name != CELL_STAGE and curve is not None:
+            curve, known = self._watch.curve(stage.identity), self._known.get(parent)
+            if stage.name != CELL_STAGE and curve is not None and known is not None:
                 values = curve_values(curve, known.steps, shared_prefix(stage, now))
                 self._send(server, parent, values, {}, {})
 
@@ -334,22 +288,27 @@ class Sync:
 
     def _send(
         self, server: Server, run: str, values: list[Value], told: dict[str, Any], described: dict[str, str]
-    ) -> None:
+    ) -> bool:
+        """Whether it arrived; what the server refuses must not keep reports and end states from it."""
         sent = self._tags.setdefault(run, {})
         described = {name: text for name, text in described.items() if sent.get(name) != text}
         if not (values or told or described):
-            return
+            return True
         try:
             server.send(run, values, told, described)
-        except BaseException:
-            del self._known[run]  # the answer may have been lost, not the message: the next look asks what arrived
+        except BaseException as error:
+            self._known.pop(run, None)  # the answer may be lost, not the message: the next look asks what arrived
             self._tags.pop(run, None)
-            raise
-        known = self._known[run]
-        for value in values:
-            known.steps[value.key] = max(value.step, known.steps.get(value.key, -1))
-        known.parameters |= told.keys()
+            if not isinstance(error, Refused):
+                raise
+            self.problems.append(f"refused: {error}")
+            return False
         sent |= described
+        if known := self._known.get(run):
+            known.parameters |= told.keys()
+            for value in values:
+                known.steps[value.key] = max(value.step, known.steps.get(value.key, -1))
+        return True
 
     def _upload(self, server: Server, run: str, files: dict[str, str | Path]) -> bool:
         """Whether the artifacts arrived; a server without a place for them must not keep the metrics from it."""

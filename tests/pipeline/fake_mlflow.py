@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 from synthetic_store import SyntheticStore
 
 from pipeline.sweep import Cell
+from pipeline.tracking.calls import KEY_TAG, Known, Refused
 from pipeline.tracking.content import Value
 from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.models import DatasetUse, LoggedStudent
-from pipeline.tracking.sync import KEY_TAG, Known, Sweep, Sync
+from pipeline.tracking.sync import Sweep, Sync
 
 
 @dataclass
@@ -61,6 +64,8 @@ class FakeServer:
         self._answer()
         found = self.runs[run]
         assert not found.parameters.keys() & parameters.keys(), "MLflow refuses to change a parameter"
+        if bad := [value.key for value in values if not taken(value.key)]:
+            raise Refused(f"Invalid value {bad[0]!r}")
         for value in values:
             assert (value.key, value.step) not in {(key, step) for key, step, _ in found.history}, "logged twice"
             found.history.append((value.key, value.step, value.value))
@@ -99,6 +104,12 @@ class FakeServer:
     @property
     def parent(self) -> Run:
         return next(run for run in self.runs.values() if run.parent is None)
+
+
+def taken(name: str) -> bool:
+    """Whether MLflow takes it for a metric."""
+    path = posixpath.normpath(name)
+    return bool(re.fullmatch(r"[/\w.\- :]{1,250}", name)) and path == name and not path.startswith((".", "/"))
 
 
 def new_sync(synthetic: SyntheticStore, cells: list[Cell]) -> Sync:

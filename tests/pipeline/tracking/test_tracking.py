@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_mlflow import FakeServer, new_sync, push
+from fake_mlflow import FakeServer, new_sync, push, taken
 from synthetic_store import SyntheticStore, outcomes, toy_cells
 
 from overfill.errors import UserError
@@ -20,8 +20,10 @@ from pipeline.masking import mask_text, mask_uri
 from pipeline.stage import Stage
 from pipeline.store import Store
 from pipeline.sweep import Cell
+from pipeline.tracking.content import shared_prefix
 from pipeline.tracking.server import without_login
 from pipeline.tracking.tracker import Tracker, tracking_uri, ui_command
+from pipeline.watch import CellView, Snapshot, StageView
 
 
 @pytest.fixture
@@ -217,6 +219,38 @@ def test_the_curve_of_a_shared_stage_is_logged_once_on_the_parent(synthetic: Syn
     push(sync, server, final=True)
     curves = [(key, step) for key, step, _ in server.parent.history]
     assert curves == [(f"teacher/small/train/{name}", step) for step in (1, 2, 3) for name in ("loss", "tokens")]
+
+
+@pytest.mark.parametrize("label", ["llama+math", ".", "..", "a%b:c", "\N{SNOWMAN}", "x" * 240])
+def test_curves_of_a_teacher_of_any_name_have_names_that_mlflow_takes(synthetic: SyntheticStore, label: str) -> None:
+    one, other = (labelled(synthetic, label + more) for more in ("", "?"))
+    for stages in ([one], [one, other]):
+        now = Snapshot(0.0, (CellView(toy_cells()[0], tuple(stages), ()),))
+        names = {shared_prefix(stage, now) + "train/loss" for stage in stages}
+        assert len(names) == len(stages)
+        assert all(taken(name) for name in names), names
+
+
+def labelled(synthetic: SyntheticStore, label: str) -> StageView:
+    return StageView(f"{len(label):012}", "teacher", label, synthetic.store.root, "done")
+
+
+def test_a_name_that_mlflow_refuses_is_told_and_keeps_neither_report_nor_end_states_from_it(
+    synthetic: SyntheticStore,
+) -> None:
+    cells, server = toy_cells(methods=("overfill",)), FakeServer()
+    teacher = cells[0].stage("teacher")
+    assert teacher is not None
+    synthetic.log(teacher, range(1, 4), **{"train/a+b": 1.0})
+    synthetic.finish(cells[0])
+    sync = new_sync(synthetic, cells)
+    push(sync, server, final=True)
+    assert ["train/a+b" in problem for problem in sync.problems] == [True]
+    assert {run.status for run in server.runs.values()} == {"FINISHED"}
+    assert "report/report.md" in server.parent.files
+    assert not sync.up_to_date(sync.snapshot())
+    push(sync, server, final=True)
+    assert len(server.runs) == 2
 
 
 @pytest.mark.parametrize(
