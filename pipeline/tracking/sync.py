@@ -91,7 +91,13 @@ class Sync:
         parent = self._ledger.parent
         if parent is None or parent.content != self._parent_content(now) or parent.status != parent_status(now):
             return False
-        return all(self._settled(view) for view in now.cells)
+        return not self._left_behind(now) and all(self._settled(view) for view in now.cells)
+
+    def _left_behind(self, now: Snapshot) -> dict[str, Entry]:
+        """Identity -> run of a cell that the experiment has no more, and that nobody has brought to an end."""
+        there = {view.cell.identity for view in now.cells}
+        cells = self._ledger.cells.items()
+        return {name: entry for name, entry in cells if name not in there and entry.status in ("", "RUNNING")}
 
     def _settled(self, view: CellView) -> bool:
         entry, status = self._ledger.cells.get(view.cell.identity), wanted_status(view)
@@ -112,6 +118,7 @@ class Sync:
         self._push_shared_curves(server, parent.run, now)
         self._push_report(server, parent, now, final)
         if final:
+            self._end_left_behind(server, now)
             self._upload(server, parent.run, {"experiment.yaml": self._sweep.yaml})
             ends = [time for time in map(end_time, now.cells) if time is not None]
             self._set_status(server, parent, parent_status(now), max(ends, default=now.time))
@@ -216,6 +223,15 @@ class Sync:
         self._save(self._ledger, identity)
         self._upload(server, run, {"config.yaml": _config_yaml(view)})
         return entry
+
+    def _end_left_behind(self, server: Server, now: Snapshot) -> None:
+        for identity, entry in self._left_behind(now).items():
+            if server.find(entry.run, "") is None:
+                entry.status = "KILLED"  # deleted on the server
+            else:
+                self._send(server, entry.run, [], {}, {"state": "interrupted"})
+                self._set_status(server, entry, "KILLED", now.time)
+            self._save(self._ledger, identity)
 
     def _cell_tags(self, view: CellView, status: RunStatus) -> dict[str, str]:
         found = tags(view, self._sweep.commit)

@@ -154,6 +154,31 @@ def test_a_finished_sweep_is_recognised_without_the_server(synthetic: SyntheticS
     assert not changed.up_to_date(changed.snapshot())
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_run_that_a_killed_driver_left_ends_although_its_cell_is_no_longer_in_the_file(
+    synthetic: SyntheticStore, deleted: bool
+) -> None:
+    (stays, goes), server = toy_cells(methods=("overfill", "pruned")), FakeServer()
+    attempt = synthetic.begin(distill(goes))
+    push(new_sync(synthetic, [stays, goes]), server)
+    left = server.run(goes)
+    attempt.release()
+    if deleted:
+        server.runs = {name: run for name, run in server.runs.items() if run is not left}
+    synthetic.finish(stays)
+    again = new_sync(synthetic, [stays])
+    push(again, server)
+    assert not again.up_to_date(again.snapshot())
+    push(again, server, final=True)
+    assert (left.status, left.tags["state"]) == (("RUNNING", "running") if deleted else ("KILLED", "interrupted"))
+    other = new_sync(synthetic, [stays])
+    assert other.up_to_date(other.snapshot())
+    attempt = synthetic.begin(distill(goes))  # it comes back
+    push(new_sync(synthetic, [stays, goes]), server)
+    attempt.release()
+    assert server.run(goes).status == "RUNNING"
+
+
 def test_runs_have_the_times_of_the_work_and_not_of_its_tracking(synthetic: SyntheticStore) -> None:
     cells, server = toy_cells(methods=("full", "overfill")), FakeServer()
     for cell in cells:
