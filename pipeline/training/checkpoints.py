@@ -9,7 +9,8 @@
 A checkpoint is complete if the marker is there and every file that the manifests list has the listed size and digest.
 A crash, a full disk or a copied folder that lacks a file therefore leaves a checkpoint that is named, skipped and
 later removed, when the run that has gone on from the one before it writes its next; it counts as none of those that
-are kept, although its marker is there. A folder's name is never used twice.
+are kept, although its marker is there. A folder's name is never used twice. All of a checkpoint is on disk before an
+older one is removed: kernels write back what nobody asks for after half a minute, and a power failure takes that.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.paths import require_regular
+from pipeline.record import sync
 
 MARKER = "complete.json"
 POSITION = "position.json"
@@ -145,11 +147,19 @@ class StepFolders:
     """Those that this run has found damaged when it looked for where to go on."""
 
     def sent(self, folder: Path, files: list[Path]) -> None:
-        """This rank has written its files and their manifest."""
+        """This rank has written its files and their manifest: bring them to disk."""
+        for file in files:
+            sync(file)
 
     def complete(self, folder: Path, ranks: int, keep: int) -> None:
-        """Every rank has: mark the checkpoint, and remove all but the newest `keep`. Called once."""
+        """Every rank has: mark the checkpoint, and remove all but the newest `keep`. Called once.
+
+        What is removed is gone for certain, what was written only when it is on disk: so that comes first."""
+        if (lines := self.root.parent / "metrics.jsonl").exists():
+            sync(lines)  # who goes on from here does not write the lines before it again
         mark_complete(folder, ranks)
+        for written in (folder / MARKER, folder, self.root):  # the folder has the names of all ranks' files
+            sync(written)
         marked = {found.name: (found / MARKER).exists() for found in _folders(self.root)}
         for name in outdated(marked, folder.name, keep, self.skipped):
             shutil.rmtree(self.root / name)

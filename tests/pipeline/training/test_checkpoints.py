@@ -124,6 +124,32 @@ def test_a_late_writer_that_was_given_up_removes_nothing_of_its_successor(tmp_pa
     assert names(tmp_path) == {*successors, own.name}
 
 
+def content(path: Path) -> bytes | set[str]:
+    return names(path) if path.is_dir() else path.read_bytes()
+
+
+def test_before_an_older_checkpoint_goes_all_of_the_new_one_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, lines = tmp_path / "run", tmp_path / "metrics.jsonl"
+    write(root, 10)
+    lines.write_text("one line\n")
+    steps, new = StepFolders(root), write(root, 20, marked=False)
+    on_disk: dict[Path, bytes | set[str]] = {}
+    there: dict[Path, bytes | set[str]] = {}
+    monkeypatch.setattr(checkpoints, "sync", lambda path: on_disk.update({path: content(path)}))
+
+    def look(folder: Path) -> None:
+        there.update({path: content(path) for path in (lines, root, new, *new.iterdir())})
+        assert there.items() <= on_disk.items()
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", look)
+    for rank, also in enumerate([["position"], []]):
+        steps.sent(new, [file for file in new.iterdir() if file.stem in (f"rank-{rank:05d}", *also)])
+    steps.complete(new, 2, 1)
+    assert {path.name for path in there} > {"complete.json", "position.json", "rank-00001.safetensors"}
+
+
 def test_two_checkpoints_of_one_step_have_different_names() -> None:
     assert checkpoints.new_name(7) != checkpoints.new_name(7)
     assert checkpoints.step_of(Path(checkpoints.new_name(123456789))) == 123456789
