@@ -39,6 +39,11 @@ MEMORY_WORDS = (
     "DefaultCPUAllocator: not enough memory",
     "running low on memory",  # Ray's memory monitor, of a process that it has killed
     "CUDA out of memory",
+    "CUDA error: out of memory",  # of the driver, where torch's allocator was not asked
+    "STATUS_ALLOC_FAILED",  # of cuBLAS, cuDNN and others
+    "'out of memory'",  # NCCL quoting CUDA: "Cuda failure 2 'out of memory'"
+    "std::bad_alloc",
+    "Cannot allocate memory",  # ENOMEM
 )
 NODE_WORDS = ("node has died", "node is dead", "node was terminated", "raylet died")
 LOST_NODE = (NodeReclaimed, NodeDiedError, LocalRayletDiedError, ObjectLostError, ActorUnavailableError)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import PreemptionError
 
@@ -26,7 +27,7 @@ from pipeline.stage import StageRun
 from pipeline.stop import StopFlag
 from pipeline.submission.fitting import worker_bundle
 from pipeline.training.backend import RendezvousConfig, Trainer, dashboard_runs
-from pipeline.training.failures import Budget, Cause, cause_of_all, first_of, one_line, origin, out_of_memory
+from pipeline.training.failures import Budget, Cause, cause_of, cause_of_all, first_of, one_line, origin, out_of_memory
 from pipeline.training.resources import stage_resources
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
 
 
 class Retries(DefaultFailurePolicy):
-    """Ray Train's failure policy with this project's causes and budgets; failures of the start-up are left to Ray's."""
+    """Ray Train's failure policy with this project's causes and budgets; waiting for a place to start is left to Ray's."""
 
     def __init__(self, budget: Budget) -> None:
         super().__init__(FailureConfig(controller_failure_limit=CONTROLLER_FAILURES))
@@ -100,7 +101,7 @@ class Retries(DefaultFailurePolicy):
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Whether to start the workers again."""
-        if isinstance(training_failed_error, ControllerError):
+        if isinstance(training_failed_error, ControllerError) and death_at_start(training_failed_error) is None:
             return super().make_decision(training_failed_error)
         cause = cause_of_failure(training_failed_error)
         again = self._budget.spend(cause)
@@ -113,7 +114,16 @@ def cause_of_failure(error: TrainingFailedError) -> Cause:
     """The cause of what Ray Train reports."""
     if isinstance(error, PreemptionError):
         return "node"
-    return cause_of_all(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else "worker"
+    if isinstance(error, WorkerGroupError):
+        return cause_of_all(error.worker_failures.values())
+    death = death_at_start(error)
+    return "worker" if death is None else cause_of(death)
+
+
+def death_at_start(error: TrainingFailedError) -> BaseException | None:
+    """What a worker died of before its function was called; None for every other failure."""
+    failure = error.controller_failure if isinstance(error, ControllerError) else None
+    return (failure.__cause__ or failure) if isinstance(failure, WorkerGroupStartupFailedError) else None
 
 
 def describe(error: TrainingFailedError) -> str:
@@ -121,16 +131,19 @@ def describe(error: TrainingFailedError) -> str:
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, own = first_of(cause_of_failure(error), error.worker_failures)
         return f"worker {rank}: {one_line(own)}"
+    if (death := death_at_start(error)) is not None:
+        return f"a worker, at its start: {one_line(death)}"
     return one_line(error.controller_failure if isinstance(error, ControllerError) else error)
 
 
 def _final(error: TrainingFailedError, run: StageRun, resources: StageResources) -> Exception:
     """What to raise for what Ray Train gave up on."""
-    cause = cause_of_failure(error)
-    if isinstance(error, WorkerGroupError) and cause in ("user", "memory"):
+    cause, own = cause_of_failure(error), death_at_start(error)
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
         _, own = first_of(cause, error.worker_failures)
-        if cause == "memory":
-            return UserError(out_of_memory(run.stage.name, resources, own))
+    if own is not None and cause == "memory":
+        return UserError(out_of_memory(run.stage.name, resources, own))
+    if own is not None and cause == "user":
         return disk_full(origin(own)) or UserError(str(origin(own)))
     return TrainingFailed(f"{describe(error)}; the workers' logs are in {run.logs}")
 

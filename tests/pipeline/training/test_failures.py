@@ -9,7 +9,11 @@ import pytest
 import torch
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.api.preemption import PreemptionInfo
@@ -37,6 +41,11 @@ def died(text: str, preempted: bool = False) -> RayActorError:
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/store/x"), "user"),
         (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "user"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), "memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory"),
+        (RuntimeError("ncclUnhandledCudaError: ...\nLast error:\nCuda failure 2 'out of memory'"), "memory"),
+        (RuntimeError("std::bad_alloc"), "memory"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "memory"),
         (MemoryError(), "memory"),
         (RuntimeError(ALLOCATOR), "memory"),
         (OutOfMemoryError("Task was killed due to the node running low on memory."), "memory"),
@@ -47,6 +56,8 @@ def died(text: str, preempted: bool = False) -> RayActorError:
         (died("The actor is dead because its node has died."), "node"),
         (died("", preempted=True), "node"),
         (died("The actor is dead because its worker process has died."), "worker"),
+        # Ray's word for whatever has killed it.
+        (died("(1) The process is killed by SIGKILL by OOM killer due to high memory usage. (2) ray stop"), "worker"),
         (WorkerCrashedError(), "worker"),
         (ValueError("the loss is NaN"), "worker"),
         (LOST_PEER, "worker"),
@@ -89,6 +100,22 @@ def test_a_start_that_waits_for_cpus_is_left_to_rays_own_limit() -> None:
     assert policy.make_decision(ControllerError(ValueError("a fault of the controller"))) == RAISE
 
 
+def at_start(death: Exception) -> ControllerError:
+    failure = WorkerGroupStartupFailedError("One of the worker actors failed to initialize due to error:\n...")
+    failure.__cause__ = death
+    return ControllerError(failure)
+
+
+@pytest.mark.parametrize(
+    ("death", "retried"),
+    [(died("The worker process has died."), 1), (died("Its node has died"), 3), (died("running low on memory"), 0)],
+)
+def test_a_death_at_the_start_has_the_budget_of_its_cause(death: RayActorError, retried: int) -> None:
+    policy = retries(max_failures=1, max_preemptions=3)
+    decisions = [policy.make_decision(at_start(death)) for _ in range(retried + 1)]
+    assert decisions == [RETRY] * retried + [RAISE]
+
+
 def test_the_worker_that_failed_by_itself_is_named_not_its_peers() -> None:
     own = ValueError("no token in batch 7\nand more")
     assert describe(group(LOST_PEER, own)) == "worker 1: ValueError: no token in batch 7"
@@ -97,6 +124,7 @@ def test_the_worker_that_failed_by_itself_is_named_not_its_peers() -> None:
 
 def test_a_dead_worker_and_a_failed_controller_are_told_in_their_first_line() -> None:
     assert describe(group(WorkerHealthCheckFailedError("A worker ...", died("...")))) == "worker 0: The actor died."
+    assert describe(at_start(died("..."))) == "a worker, at its start: The actor died."
     assert describe(ControllerError(TimeoutError("no CPUs"))) == "TimeoutError: no CPUs"
 
 
@@ -113,6 +141,8 @@ def test_what_is_raised_in_the_end_says_what_to_do(tmp_path) -> None:
         "resources.distill.loss_chunks (now 1), or set resources.distill.activation_checkpointing: true, or set "
         "resources.distill.zero_stage: 3 with more than one of resources.distill.workers"
     )
+    at_once = _final(at_start(died("running low on memory")), run, run.resources)
+    assert str(at_once).startswith("distill ran out of memory (The actor died.); lower")
     other = _final(group(ValueError("NaN")), run, run.resources)
     assert isinstance(other, TrainingFailed)
     assert str(other) == f"worker 0: ValueError: NaN; the workers' logs are in {run.attempt}"
