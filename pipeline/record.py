@@ -138,15 +138,21 @@ def is_hidden(name: str) -> bool:
 def payload_files(payload: Path) -> list[tuple[str, Path]]:
     """(relative name, file) of every file of a payload but its record, sorted.
 
-    Raises ValueError for a link: what it points at may change, and is not in the artifact."""
+    Raises ValueError for a link: what it points at may change, and is not in the artifact; OSError for a folder that
+    cannot be listed: its files are not missing."""
     found: list[tuple[str, Path]] = []
-    for folder, folders, files in os.walk(payload):
+    for folder, folders, files in os.walk(payload, onerror=_unless_gone):
         for name in [*folders, *files]:
             path = Path(folder, name)
             if path.is_symlink():
                 raise ValueError(f"{path} is a link; an artifact holds its files itself, so copy what it points at")
         found += [(Path(folder, name).relative_to(payload).as_posix(), Path(folder, name)) for name in files]
     return sorted(entry for entry in found if entry[0] != RECORD_FILE)
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def plain_metrics(metrics: Any) -> dict[str, float | int | str]:

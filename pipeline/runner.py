@@ -176,18 +176,30 @@ def _raise_refusals(actions: Sequence[Action], facts: Mapping[str, Facts]) -> No
 def _inputs_whole(stage: Stage, store: Store) -> bool:
     """Whether every byte of what the stage reads is what was written; if not, the next look finds it altered.
 
-    Raises UserError for files of the user's that are not those of the plan any more."""
+    Raises UserError for files of the user's that are not those of the plan any more, and for what cannot be read;
+    AlteredArtifact where the next look would not find it altered, and this one would come again for ever."""
     for name, source in stage.inputs.items():
         if isinstance(source, Stage):
+            seen = _record_seen(store, source)
             try:
                 if not store.ready(source):
                     return False
             except AlteredArtifact as error:
+                if seen is not None and _record_seen(store, source) == seen:
+                    raise
                 log.warning("%s cannot begin: %s", stage, error)
                 return False
         elif source.pinned_by_content and digest_tree(str(source.location)) != source.identifier:
             raise UserError(f"{name} = {source.location}: it was changed while this ran; run again")
     return True
+
+
+def _record_seen(store: Store, stage: Stage) -> Record | None:
+    """The record of what a look takes for whole."""
+    try:
+        return store.record(stage)
+    except AlteredArtifact:
+        return None
 
 
 def _tell(actions: Sequence[Action], store: Store, context: RunContext, told: set[tuple[str, str]]) -> None:

@@ -170,6 +170,41 @@ def test_an_altered_artifact_is_named_with_the_way_out_and_never_used(
     assert (store.folder(teacher) / "altered-0002").is_dir(), "set aside, and not removed"
 
 
+@pytest.mark.parametrize("call", ["pipeline.whole.require_regular", "pipeline.record.digest_once", "os.scandir"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_what_cannot_be_read_is_named_and_neither_set_aside_nor_built_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+):
+    teacher = toy("teacher", layers=2)
+    run_graph([teacher], store)
+    file = store.payload(teacher) / "config.json"
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), str(file))
+
+    with monkeypatch.context() as away:
+        away.setattr(call, fail)
+        with pytest.raises(UserError, match=rf"config\.json: cannot be read \({os.strerror(number)}\)") as raised:
+            run_graph([toy("distill", {"teacher": teacher})], store)
+    assert not isinstance(raised.value, AlteredArtifact)
+    assert store.facts(teacher).attempt == 1
+    run_graph([toy("distill", {"teacher": teacher})], store)
+    assert store.facts(teacher).attempt == 1
+
+
+def test_what_is_altered_only_to_the_thorough_look_ends_the_run(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """A file system that gives a file another inode at every look, so that no digest is known again: asking anew would
+    never end."""
+    teacher = toy("teacher", layers=2)
+    run_graph([teacher], store)
+    (store.payload(teacher) / "config.json").write_text('{"layers": 3}')
+    monkeypatch.setattr("pipeline.record.known_digest", lambda _: None)
+    looks: list[object] = []
+    monkeypatch.setattr("pipeline.runner._tell", lambda *_: looks.append(_) if len(looks) < 9 else pytest.fail("spins"))
+    with pytest.raises(AlteredArtifact, match=r"config\.json has another SHA-256"):
+        run_graph([toy("distill", {"teacher": teacher})], store)
+
+
 def test_a_changed_byte_is_found_by_a_full_verification(store: Store):
     stage = toy(layers=2)
     run_graph([stage], store)
