@@ -11,13 +11,14 @@ experiment files since the listing ends the removal.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,18 @@ class Garbage:
 
 
 def collect_garbage(store: Store, delete: bool, keep_checkpoints: int, console: Console) -> None:
-    """Print what can go, and remove it when told to. Raises UserError when it is not certain what is needed."""
+    """Print what can go, and remove it when told to.
+
+    Raises UserError when it is not certain what is needed, or when something cannot be read or removed."""
+    try:
+        _collect_garbage(store, delete, keep_checkpoints, console)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or store.root}: {error.strerror or error}; what is left stays, run gc again"
+        ) from error
+
+
+def _collect_garbage(store: Store, delete: bool, keep_checkpoints: int, console: Console) -> None:
     before = experiment_files(store)
     found = collect(store, keep_checkpoints)
     gone = list(remove(store, found, before)) if delete else found
@@ -120,8 +132,9 @@ def remove(store: Store, found: list[Garbage], seen: Mapping[Path, int]) -> Iter
             raise UserError(f"{store.root}: an experiment was started meanwhile; what is left stays, run gc again")
         if _remove(store, one, trash):
             yield one
-    if trash.is_dir() and not any(trash.iterdir()):
-        trash.rmdir()
+    for emptied in {trash, *store.root.glob(f"*/{TRASH}")}:
+        with suppress(OSError):  # there was nothing to remove, or another gc is at work
+            emptied.rmdir()
 
 
 def experiment_files(store: Store) -> dict[Path, int]:
@@ -171,14 +184,14 @@ def older(root: Path, keep: int, digests: bool = True) -> Iterator[Path]:
 
 def _outside_of_artifacts(store: Store, alive: bool) -> Iterator[Garbage]:
     """`alive`: somebody builds something in this store, so Ray Tune may be at work too."""
-    for path in sorted((store.root / TRASH).glob("*")):
+    for path in sorted([*store.root.glob(f"{TRASH}/*"), *store.root.glob(f"*/{TRASH}/*")]):
         yield garbage_at(path, "left by a gc that was interrupted")
     for path in sorted((store.root / "sweeps").glob("*/.*")):
         if _is_temporary(path) and _age(path) > STALE_S:
             yield garbage_at(path, "half a file of a killed writer")
     for path in sorted((store.root / "tune").glob("[ir]*-*")):
         # A living Tune writes its state every few seconds; a request to end (`interrupt-...`) is over in a minute.
-        if not alive and min(map(_age, (path, *path.rglob("*")))) > STALE_S:
+        if not alive and all(_age(part) > STALE_S for part in _within(path)):
             yield garbage_at(path, OF_RUN)
 
 
@@ -187,7 +200,18 @@ def _is_temporary(path: Path) -> bool:
 
 
 def _age(path: Path) -> float:
-    return time.time() - path.lstat().st_mtime
+    """Seconds since it was written; none for what vanishes meanwhile, since somebody is at work there."""
+    try:
+        return time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _within(path: Path) -> Iterator[Path]:
+    """A file or a folder, and everything in it; what vanishes meanwhile is left out."""
+    yield path
+    for folder, folders, names in os.walk(path):
+        yield from (Path(folder, name) for name in (*folders, *names))
 
 
 def garbage_at(path: Path, reason: str, artifact: Path | None = None) -> Garbage:
@@ -198,7 +222,7 @@ def garbage_at(path: Path, reason: str, artifact: Path | None = None) -> Garbage
 def _size(path: Path) -> int:
     """Bytes on this path, links as themselves; what vanishes meanwhile counts nothing."""
     total = 0
-    for part in (path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)):
+    for part in _within(path):
         if part.is_symlink() or part.is_file():
             try:
                 total += part.lstat().st_size
@@ -211,8 +235,10 @@ def _size(path: Path) -> int:
 
 
 def _remove(store: Store, one: Garbage, trash: Path) -> bool:
-    """Whether it is gone; False when somebody is at work there."""
+    """Whether it is gone; False when somebody is at work there, or has removed it."""
     lease = None
+    if not os.path.lexists(one.path):
+        return False  # nor may a lease be taken there, which would make the folder again
     if one.artifact is not None:
         seen = store.sighting(one.artifact)
         if seen.state == "held":
@@ -223,16 +249,36 @@ def _remove(store: Store, one: Garbage, trash: Path) -> bool:
         if one.whole:
             # First, so that a driver that starts now finds the folder by its name, and waits for its lease.
             (store.root / ".claims" / one.path.name.rpartition("_")[2]).unlink(missing_ok=True)
-        target = one.path
-        if target.parent != trash:
-            trash.mkdir(exist_ok=True)
-            target = trash / f"{uuid.uuid4().hex}-{one.path.name}"
-            try:
-                one.path.rename(target)
-            except FileNotFoundError:
-                return False  # a driver has cleared it away itself
+        target = one.path if one.path.parent.name == TRASH else _moved(one, trash)
+    if target is None:
+        return False
     if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
+        shutil.rmtree(target, onerror=_unless_gone)
     else:
-        target.unlink()
+        target.unlink(missing_ok=True)
     return True
+
+
+def _moved(one: Garbage, trash: Path) -> Path | None:
+    """Where it is after it has left its place; None when somebody else has cleared it away."""
+    try:
+        return _renamed_into(trash, one.path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    # The folder of a kind of stages may be a link to another disk.
+    return _renamed_into((one.artifact or one.path).parent / TRASH, one.path)
+
+
+def _renamed_into(trash: Path, path: Path) -> Path | None:
+    target = trash / f"{uuid.uuid4().hex}-{path.name}"
+    while os.path.lexists(path):
+        trash.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another gc has removed the empty trash, or what was to go
+            return path.rename(target)
+    return None
+
+
+def _unless_gone(_: object, path: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+    if not isinstance(error[1], FileNotFoundError):  # of two that clear the trash, one comes too late
+        raise error[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -146,9 +147,9 @@ def test_a_driver_that_starts_while_an_artifact_is_removed_never_sees_a_half_of_
     folder = store.create(stage)
     seen: list[bool] = []
 
-    def look(path: Path) -> None:
+    def look(path: Path, **options) -> None:
         seen.append(folder.exists())
-        shutil_rmtree(path)
+        shutil_rmtree(path, **options)
 
     shutil_rmtree = shutil.rmtree
     monkeypatch.setattr(gc.shutil, "rmtree", look)
@@ -259,6 +260,80 @@ def test_nothing_of_a_stage_in_the_making_is_a_leftover(written):
     assert gc.collect(store) == []
     building.release()
     assert len(gc.collect(store)) == 2
+
+
+def test_two_removals_at_once_do_not_stumble_over_each_other(written, monkeypatch):
+    store = written.store
+    finished(written)
+    folder = store.create(toy(layers=3))
+    rmtree, others = shutil.rmtree, []
+
+    def interrupted(path: Path, **options) -> None:
+        monkeypatch.setattr(gc.shutil, "rmtree", rmtree)
+        others.extend(delete(store))  # takes what is in the trash, and the trash
+        rmtree(path, **options)
+
+    before, found = gc.experiment_files(store), gc.collect(store)
+    monkeypatch.setattr(gc.shutil, "rmtree", interrupted)
+    assert [one.path for one in gc.remove(store, found, before)] == [folder]
+    assert [one.reason for one in others] == ["left by a gc that was interrupted"]
+    assert list(gc.remove(store, found, before)) == []
+    assert not folder.exists() and not (store.root / gc.TRASH).exists()
+
+
+def test_a_file_that_vanishes_while_ray_tune_is_looked_at_says_that_it_lives(written, monkeypatch):
+    store = written.store
+    finished(written)
+    state = store.root / "tune" / "run-1" / "state"
+    state.parent.mkdir(parents=True)
+    state.write_text("")
+    for path in (state, state.parent):
+        os.utime(path, (1.0, 1.0))
+    assert [one.path for one in gc.collect(store)] == [state.parent]
+    age = gc._age
+
+    def vanishes(path: Path) -> float:
+        if path == state:
+            state.unlink()
+            return age(path)
+        return 2 * gc.STALE_S
+
+    monkeypatch.setattr(gc, "_age", vanishes)
+    assert gc.collect(store) == []
+
+
+def test_what_lies_on_another_disk_than_the_store_goes_too(written, monkeypatch):
+    store = written.store
+    finished(written)
+    folder = store.create(toy(layers=3))
+    rename = Path.rename
+
+    def of_two_disks(path: Path, target: Path) -> Path:
+        if path == folder and target.parent.parent != folder.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", of_two_disks)
+    (folder.parent / gc.TRASH).mkdir()
+    (folder.parent / gc.TRASH / "left").write_text("")
+    assert {one.path for one in delete(store)} == {folder, folder.parent / gc.TRASH / "left"}
+    assert not folder.exists() and not (folder.parent / gc.TRASH).exists()
+
+
+def test_a_store_that_cannot_be_written_is_one_line(written, monkeypatch, capsys):
+    store = written.store
+    finished(written)
+    folder = store.create(toy(layers=3))
+
+    def refuses(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(gc, "acquire", refuses)
+    with pytest.raises(SystemExit) as end:
+        main(["gc", "--delete", "--store", str(store.root)])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"overfill: {folder}: Permission denied;") and error.count("\n") == 1
 
 
 def test_the_command_lists_then_removes_and_needs_no_heavy_library(written):
