@@ -186,7 +186,7 @@ def _outside_of_artifacts(store: Store, alive: bool) -> Iterator[Garbage]:
     """`alive`: somebody builds something in this store, so Ray Tune may be at work too."""
     for path in sorted([*store.root.glob(f"{TRASH}/*"), *store.root.glob(f"*/{TRASH}/*")]):
         yield garbage_at(path, "left by a gc that was interrupted")
-    for path in sorted((store.root / "sweeps").glob("*/.*")):
+    for path in sorted([*store.root.glob("sweeps/*/.*"), *store.root.glob(".claims/.*")]):
         if _is_temporary(path) and _age(path) > STALE_S:
             yield garbage_at(path, "half a file of a killed writer")
     for path in sorted((store.root / "tune").glob("[ir]*-*")):

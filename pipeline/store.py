@@ -19,6 +19,7 @@ every file is compared too (`verify`), once per process as long as the files sta
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import heapq
 import json
@@ -73,18 +74,13 @@ class Store:
 
     def find(self, identity: str, name: str = "*") -> Path | None:
         """Folder of an identity whatever its label, or None. `name` narrows the search to one stage's folder."""
-        claimed = self.root / ".claims" / identity
-        if claimed.is_symlink() and self._is_artifact(claimed.readlink(), identity):
-            return self.root / claimed.readlink()
+        claimed = _claimed(self.root / ".claims" / identity)
+        if claimed is not None and (self.root / claimed).is_dir():
+            return self.root / claimed
         named = (parent / found for parent in self._kinds(name) for found in self._names(parent).get(identity, ()))
         folders = [path for path in named if path.is_dir()]
         folders.sort(key=lambda path: (not (path / "payload" / RECORD_FILE).exists(), path.name))
         return folders[0] if folders else None
-
-    def _is_artifact(self, place: Path, identity: str) -> bool:
-        """Whether a claim points at a folder of the store that is named by its identity: a link may say anything."""
-        inside = len(place.parts) == 2 and ".." not in place.parts and place.name.rpartition("_")[2] == identity
-        return inside and (self.root / place).is_dir()
 
     def folder(self, stage: Stage) -> Path:
         """The folder of a stage; where it would be, when it is not there."""
@@ -148,7 +144,7 @@ class Store:
         Raises UserError when the store cannot be written."""
         try:
             return self._create(stage)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
             raise UserError(
                 f"store = {self.root}: cannot be written ({error.strerror}: {error.filename}); "
                 "choose another place with --store or $OVERFILL_STORE"
@@ -159,11 +155,7 @@ class Store:
         if folder is None:
             claim = self.root / ".claims" / stage.identity
             claim.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                claim.symlink_to(Path(stage.name, stage.folder_name))
-            except FileExistsError:
-                log.debug("%s was claimed before, as %s", stage, claim.readlink())
-            folder = self.root / claim.readlink()
+            folder = self.root / _claim(claim, Path(stage.name, stage.folder_name))
         (folder / "progress").mkdir(parents=True, exist_ok=True)
         if not (folder / IDENTITY_FILE).exists():
             content = {"identity": stage.identity, "label": stage.label, "description": stage.full_description}
@@ -356,6 +348,28 @@ class Store:
             if below in ("running", "waiting"):
                 return "waiting", f"waits for: {source.name}"
         return "missing", "nothing yet"
+
+
+def _claimed(claim: Path) -> Path | None:
+    """Place in the store that a claim names; None for no claim, and for what is none: a link may say anything."""
+    try:
+        place = claim.readlink()
+    except OSError:
+        return None
+    inside = len(place.parts) == 2 and ".." not in place.parts and place.name.rpartition("_")[2] == claim.name
+    return place if inside else None
+
+
+def _claim(claim: Path, place: Path) -> Path:
+    """Claim an identity for a place in the store, if nobody has; returns the place that it is claimed for."""
+    with contextlib.suppress(FileExistsError):
+        claim.symlink_to(place)
+    if (claimed := _claimed(claim)) is None:
+        log.warning("%s names no folder of this store that is called by it, and is replaced", claim)
+        fresh = claim.with_name(f".{claim.name}.{uuid.uuid4().hex}")
+        fresh.symlink_to(place)
+        fresh.replace(claim)
+    return claimed or place
 
 
 def _common(one: str, other: str) -> int:

@@ -48,6 +48,22 @@ def test_the_layout_is_the_documented_one(store: Store):
     assert json.loads((folder / "identity.json").read_text())["description"]["config"] == {"layers": 2}
 
 
+@pytest.mark.parametrize("target", ["../../elsewhere", "teacher/another_0123456789ab", "/tmp/x_{}", None])
+def test_a_claim_that_names_no_folder_of_its_identity_is_replaced(store: Store, target: str | None):
+    stage = toy(layers=2)
+    claim = store.root / ".claims" / stage.identity
+    claim.parent.mkdir(parents=True)
+    if target is None:
+        claim.write_text("no link")
+    else:
+        claim.symlink_to(target.format(stage.identity))
+    folder = store.create(stage)
+    assert folder == store.root / "teacher" / stage.folder_name == store.find(stage.identity)
+    assert claim.readlink() == Path("teacher", stage.folder_name)
+    assert {path.name for path in store.root.parent.iterdir()} == {"runs"}
+    assert Store(store.root).create(toy(layers=2, label="another")) == folder
+
+
 def test_a_record_says_what_there_is_and_where_it_came_from(store: Store):
     teacher, distill, _ = chain()
     run_graph([distill], store, RunContext(resources={"distill": {"workers": 2}}))
