@@ -21,7 +21,7 @@ app = typer.Typer(
     help="OverFill: a full model reads the prompt, a width-pruned copy of it writes the answer.",
 )
 INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM."""
+"""Exit code after Ctrl-C, SIGTERM or SIGHUP."""
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="An experiment's YAML file.")]
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="An experiment's name; the only one when left out.")]

@@ -21,6 +21,7 @@ from typing import Any
 
 from overfill.errors import UserError
 from pipeline.config import ExperimentConfig, StageResources
+from pipeline.interruption import deaf_to_hangup, heard, leave_closed_terminal
 from pipeline.machine import usable_cpus
 from pipeline.masking import mask_uri
 from pipeline.submission.fitting import NodeShape, check_cluster, check_stage, totals, worker_bundle
@@ -91,7 +92,8 @@ def connected(address: str | None) -> Iterator[Capacity]:
     logging.getLogger(TRACEBACKS).setLevel(logging.CRITICAL)
     _start(address or os.environ.get("RAY_ADDRESS") or "local")
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # after Ray's own, which prints a stack of C++ frames
+        for number in set(heard()) - {signal.SIGINT}:
+            signal.signal(number, _interrupt)  # after Ray's own, which prints a stack of C++ frames
     try:
         yield capacity()
     finally:
@@ -100,6 +102,9 @@ def connected(address: str | None) -> Iterator[Capacity]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """A request to end is a Ctrl-C: everything is left as it stands, and the next run goes on from there."""
+    if number == signal.SIGHUP:
+        leave_closed_terminal()
+        signal.signal(number, signal.SIG_IGN)  # a closed terminal says it twice
     raise KeyboardInterrupt
 
 
@@ -164,7 +169,8 @@ def start_local(attempts: int = 3, **options: Any) -> None:
 
     for attempt in range(1, attempts + 1):
         try:
-            ray.init(address="local", include_dashboard=False, _system_config=SYSTEM, **options)
+            with deaf_to_hangup():
+                ray.init(address="local", include_dashboard=False, _system_config=SYSTEM, **options)
             return
         except Exception as error:  # Ray raises a bare Exception here
             if "timed out during startup" not in str(error):

@@ -242,7 +242,7 @@ class ResourcesConfig(Frozen):
     """Where the sweep's driver and its trials run: `head` never leaves the head node; the name of a resource keeps them
     on nodes that have it; `anywhere` is any node, those that may be preempted too."""
     grace_s: Annotated[float, Field(ge=0.0)] = 30.0
-    """Seconds that running stages have to save their position after Ctrl-C or SIGTERM; 0 ends at once."""
+    """Seconds that running stages have to save their position after Ctrl-C, SIGTERM or SIGHUP; 0 ends at once."""
 
 
 class ObjectiveConfig(Frozen):

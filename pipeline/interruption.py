@@ -1,20 +1,27 @@
-"""Ctrl-C and SIGTERM: the first asks a run to end, the second ends it.
+"""Ctrl-C, SIGTERM and a terminal that is closed (SIGHUP): the first asks a run to end, the second ends it.
 
 Asked, a run raises a flag that the trials of all its cells look for, wherever they are. A stage that trains sees it
 after the step it is in, writes a step checkpoint and ends; one that cannot save its position is cancelled. What was
 being built counts as interrupted, so the next run goes on with it by itself. The driver waits for all this for a grace
 period and says for what. At its end, or at a second signal, KeyboardInterrupt goes through the driver as it always
 did: workers end with it, and what they had not saved is lost, as in a crash, and nothing else.
+
+A closed terminal sends SIGHUP to all of its processes, twice where its shell ends, and takes no more words. So the
+second one ends nothing, processes of a Ray of our own do not hear any, and the driver's words go nowhere. Under nohup
+SIGHUP stays ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
+import termios
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -22,7 +29,40 @@ from pipeline.stop import StopFlag
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def heard() -> list[signal.Signals]:
+    """The signals that are requests here: all but a hangup that is ignored already, as under nohup."""
+    return [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def deaf_to_hangup() -> Iterator[None]:
+    """Processes that are started inside, and theirs, do not hear a hangup: who has started them needs them until it ends.
+
+    One that comes to this process meanwhile is heard at the end. Outside of the main thread nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL if before is None else before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+
+def leave_closed_terminal(descriptors: Sequence[int] = (1, 2)) -> None:
+    """What is written to a terminal that is gone goes nowhere, instead of raising an error wherever something is said."""
+    for descriptor in descriptors:
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # of a file or a pipe it is another one
+                with Path(os.devnull).open("w") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
 
 
 class EndNow(KeyboardInterrupt):
@@ -50,7 +90,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in heard()}
         return self
 
     def __exit__(
@@ -63,6 +103,10 @@ class Interruption:
             self.flag.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
+            if self._asked.is_set():
+                return
         if self._asked.is_set() or self._grace_s <= 0:
             raise EndNow
         self._asked.set()

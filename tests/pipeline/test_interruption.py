@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a request first, the end at the second or when the time is over."""
+"""Ctrl-C, SIGTERM and SIGHUP: a request first, the end at the second or when the time is over."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.interruption import EndNow, Interruption
+from pipeline.interruption import EndNow, Interruption, deaf_to_hangup, leave_closed_terminal
 from pipeline.stop import StopFile
+
+
+@pytest.fixture(autouse=True)
+def without_nohup() -> Iterator[None]:
+    """These tests may run under it themselves."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def waited(true: Callable[[], bool]) -> bool:
@@ -31,7 +39,7 @@ def interruption(folder: Path, grace_s: float = 60.0, said: list[str] | None = N
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_request_that_says_what_is_waited_for(tmp_path: Path, number: signal.Signals):
     said: list[str] = []
     before = signal.getsignal(number)
@@ -57,6 +65,52 @@ def test_the_second_signal_ends_at_once(tmp_path: Path):
         time.sleep(30)
     assert time.monotonic() - begun < 10
     assert not asked.flag()
+
+
+def test_a_closed_terminal_says_so_twice_and_only_another_signal_ends_at_once(tmp_path: Path):
+    with pytest.raises(EndNow), interruption(tmp_path) as asked:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert waited(asked.flag)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+
+def test_under_nohup_a_hangup_stays_ignored(tmp_path: Path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with interruption(tmp_path) as asked:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert not asked.requested()
+
+
+def test_words_to_a_closed_terminal_go_nowhere_and_those_to_a_file_or_an_open_one_arrive(tmp_path: Path):
+    shell, terminal = os.openpty()
+    with (tmp_path / "said").open("w") as file:
+        try:
+            leave_closed_terminal((terminal, file.fileno()))
+            os.write(terminal, b"one")
+            assert os.read(shell, 10) == b"one"
+            os.close(shell)
+            with pytest.raises(OSError, match="Input/output error"):
+                os.write(terminal, b"two")
+            leave_closed_terminal((terminal, file.fileno()))
+            os.write(terminal, b"three")
+            os.write(file.fileno(), b"four")
+        finally:
+            os.close(terminal)
+    assert (tmp_path / "said").read_text() == "four"
+
+
+def test_a_hangup_does_not_reach_what_was_started_for_the_run_and_is_not_lost_meanwhile():
+    heard_here: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, frame: heard_here.append(number))
+    with deaf_to_hangup():
+        command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('alive')"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "alive"
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert heard_here == []
+    assert waited(lambda: heard_here == [signal.SIGHUP])
 
 
 def test_the_run_ends_when_the_time_is_over_and_without_any_at_the_first_signal(tmp_path: Path):
