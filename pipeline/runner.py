@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from overfill.errors import UserError, disk_full
+from pipeline.attempt_log import AttemptLog
 from pipeline.build import Build
 from pipeline.fingerprint import digest_tree
 from pipeline.lease import BEAT, LeaseLost
@@ -333,7 +334,7 @@ def _log_traceback(handler: logging.Handler, stage: Stage, error: BaseException)
 def _logging_to(path: Path) -> Iterator[logging.Handler]:
     """Everything that is logged from INFO on goes to `path` too."""
     root = logging.getLogger()
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = AttemptLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT))
     handler.setLevel(logging.INFO)
     level = root.level

@@ -12,6 +12,7 @@ from typing import Any
 from ray import train
 
 from overfill.errors import UserError
+from pipeline.attempt_log import AttemptLog
 from pipeline.stage import StageRun
 from pipeline.training.quick_imports import UNUSED, without_modules
 
@@ -79,7 +80,7 @@ def guarded(work: Callable[[StageRun], dict[str, Any]], run: StageRun, rank: int
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
     """Send this project's log to a file too."""
-    handler = logging.FileHandler(path)
+    handler = AttemptLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("pipeline")
     level = logger.level
