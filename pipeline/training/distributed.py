@@ -58,7 +58,7 @@ class Place:
 
 @contextmanager
 def process_group(gpus_per_worker: float, threads: int) -> Iterator[Place]:
-    """Join the process group of this Ray Train run; leave it at the end."""
+    """Join the process group of this Ray Train run; leave it at a good end."""
     from ray import train
 
     context = train.get_context()
@@ -78,7 +78,10 @@ def process_group(gpus_per_worker: float, threads: int) -> Iterator[Place]:
 def joined(
     place: Place, threads: int, local_rank: int = 0, local_workers: int = 1, meeting_point: str = "env://"
 ) -> Iterator[None]:
-    """Be in a process group, which DeepSpeed wants even for one worker; it reads its place from the environment."""
+    """Be in a process group, which DeepSpeed wants even for one worker; it reads its place from the environment.
+
+    An error does not leave it: peers would lose their connections at once, and Ray Train, which decides by the errors of
+    its first look, could see theirs and not the cause. It ends every worker's process anyway."""
     torch.set_num_threads(threads)
     os.environ.update(
         RANK=str(place.rank),
@@ -94,7 +97,5 @@ def joined(
         world_size=place.workers,
         timeout=TIMEOUT,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
