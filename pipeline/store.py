@@ -124,6 +124,10 @@ class Store:
     def bring(self, folder: Path, name: str) -> None:
         """Before files called `name` in a sweep's folder are read: nothing to do, since this is where they are."""
 
+    def kept(self, folder: Path, name: str) -> Path:
+        """The folder where a file of a sweep's own folder is as whoever writes it has kept it."""
+        return folder
+
     def keep(self, path: Path) -> None:
         """After a file of a sweep's own folder was written: nothing to do, since this is where it stays."""
 

@@ -25,7 +25,7 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -281,6 +281,13 @@ class ObjectStore(Store):
         for key in self.bucket.list(f"{self.key(folder)}/"):
             if key.rpartition("/")[2] == name:
                 self.bucket.download(key, _made(self.root / key))
+
+    def kept(self, folder: Path, name: str) -> Path:
+        """A copy beside this node's own file, which another process of this node may be writing."""
+        copies = folder / "kept"
+        with suppress(FileNotFoundError):
+            self.bucket.download(self.key(folder / name), _made(copies / name))
+        return copies
 
     def keep(self, path: Path) -> None:
         """A file of a sweep's own folder was written: take it along."""

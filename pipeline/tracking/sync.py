@@ -73,7 +73,8 @@ class Sync:
     def __init__(self, sweep: Sweep, ledger: Ledger, save: Callable[[Ledger, str], None]) -> None:
         """`save` remembers what the ledger says of the cell of an identity, or with "" of the sweep itself."""
         self._sweep = sweep
-        self._ledger = ledger
+        self.ledger = ledger
+        """What was said; to be read anew as long as another driver is the one that writes it."""
         self._save = save
         self._watch = Watch(sweep.store, sweep.cells)
         self._known: dict[str, Known] = {}
@@ -88,7 +89,7 @@ class Sync:
 
     def up_to_date(self, now: Snapshot) -> bool:
         """Whether every run is at the end state that the store says, so that the server need not be asked."""
-        parent = self._ledger.parent
+        parent = self.ledger.parent
         if parent is None or parent.content != self._parent_content(now) or parent.status != parent_status(now):
             return False
         return not self._left_behind(now) and all(self._settled(view) for view in now.cells)
@@ -96,11 +97,16 @@ class Sync:
     def _left_behind(self, now: Snapshot) -> dict[str, Entry]:
         """Identity -> run of a cell that the experiment has no more, and that nobody has brought to an end."""
         there = {view.cell.identity for view in now.cells}
-        cells = self._ledger.cells.items()
+        cells = self.ledger.cells.items()
         return {name: entry for name, entry in cells if name not in there and entry.status in ("", "RUNNING")}
 
+    def ends_told(self, now: Snapshot) -> bool:
+        """Whether every cell that has come to its end has been told of. A driver that was looking before the last did
+        may still be at work, or on its way out: only what it has told is known to be more than it saw."""
+        return all(self._settled(view) for view in now.cells if view.state in ("done", "failed", "stopped"))
+
     def _settled(self, view: CellView) -> bool:
-        entry, status = self._ledger.cells.get(view.cell.identity), wanted_status(view)
+        entry, status = self.ledger.cells.get(view.cell.identity), wanted_status(view)
         if entry is None:
             return status is None
         return entry.is_at_end(status or "KILLED", _content(view))
@@ -123,29 +129,29 @@ class Sync:
             ends = [time for time in map(end_time, now.cells) if time is not None]
             self._set_status(server, parent, parent_status(now), max(ends, default=now.time))
             parent.content = "" if self.problems else self._parent_content(now)
-        self._save(self._ledger, "")
+        self._save(self.ledger, "")
 
     # --- runs
 
     def _parent(self, server: Server, now: Snapshot) -> Entry:
-        entry = self._ledger.parent
+        entry = self.ledger.parent
         if entry is not None and entry.run in self._known:
             return entry
         if entry is not None and server.find(entry.run, "") is None:
             # Deleted on the server: the sweep begins anew there, for children cannot move to another parent.
-            self._ledger.token, self._ledger.cells, entry = uuid.uuid4().hex, {}, None
+            self.ledger.token, self.ledger.cells, entry = uuid.uuid4().hex, {}, None
         if entry is None:
-            self._save(self._ledger, "")  # the token first: by it a run is found whose id never came back
-        key = f"{self._ledger.token}/parent"
+            self._save(self.ledger, "")  # the token first: by it a run is found whose id never came back
+        key = f"{self.ledger.token}/parent"
         described = {"sweep": self._sweep.name, "role": "sweep", "store": self._sweep.store.location, KEY_TAG: key}
         described |= {"mlflow.source.name": "overfill", "mlflow.source.type": "LOCAL"}
         described |= {"commit": self._sweep.commit} if self._sweep.commit else {}
         # A sweep that ran before there was a server began with its first cell; any other begins now.
         begun = [start_time(view) for view in now.cells if now.counts["done"] == len(now.cells)]
         run = self._run(server, entry, key, self._sweep.name, described, None, min(filter(None, begun), default=None))
-        self._ledger.parent = entry = entry if entry is not None and entry.run == run else Entry(run=run)
-        self._ledger.experiment = server.describe(KIND_TAGS | dict([view_tag(self._sweep.name, now.time)]))
-        self._save(self._ledger, "")
+        self.ledger.parent = entry = entry if entry is not None and entry.run == run else Entry(run=run)
+        self.ledger.experiment = server.describe(KIND_TAGS | dict([view_tag(self._sweep.name, now.time)]))
+        self._save(self.ledger, "")
         self._set_status(server, entry, "RUNNING", None)
         self._upload(server, run, {"experiment.yaml": self._sweep.yaml})
         return entry
@@ -175,7 +181,7 @@ class Sync:
 
     def _push_cell(self, server: Server, parent: str, view: CellView, final: bool) -> None:
         identity = view.cell.identity
-        entry, status = self._ledger.cells.get(identity), self._status(view, final)
+        entry, status = self.ledger.cells.get(identity), self._status(view, final)
         if status is None or (entry is not None and entry.is_at_end(status, _content(view))):
             return
         entry = self._cell_entry(server, parent, view)
@@ -197,11 +203,11 @@ class Sync:
         if status == "FINISHED":
             arrived = self._link(server, entry.run, view) and arrived
         entry.content = _content(view) if arrived and status != "RUNNING" else ""
-        self._save(self._ledger, identity)
+        self._save(self.ledger, identity)
 
     def _status(self, view: CellView, final: bool) -> RunStatus | None:
         """Where the cell's run should be; None for a cell that has none and needs none."""
-        entry, status = self._ledger.cells.get(view.cell.identity), wanted_status(view)
+        entry, status = self.ledger.cells.get(view.cell.identity), wanted_status(view)
         if status is None and entry is not None:
             # Between two stages if this driver has seen it run, else left over from a driver that was killed.
             between = entry.status == "RUNNING" and entry.run in self._known
@@ -210,17 +216,17 @@ class Sync:
 
     def _cell_entry(self, server: Server, parent: str, view: CellView) -> Entry:
         identity = view.cell.identity
-        entry = self._ledger.cells.get(identity)
+        entry = self.ledger.cells.get(identity)
         if entry is not None and entry.run in self._known:
             return entry
-        key = f"{self._ledger.token}/{identity}"
+        key = f"{self.ledger.token}/{identity}"
         begun = start_time(view)
         described = tags(view, self._sweep.commit) | tables_tag(view.cell)
         described |= {KEY_TAG: key, "sweep": self._sweep.name, "role": "cell"}
         run = self._run(server, entry, key, view.cell.label, described, parent, begun)
         entry = entry if entry is not None and entry.run == run else Entry(run=run)
-        self._ledger.cells[identity] = entry
-        self._save(self._ledger, identity)
+        self.ledger.cells[identity] = entry
+        self._save(self.ledger, identity)
         self._upload(server, run, {"config.yaml": _config_yaml(view)})
         return entry
 
@@ -231,7 +237,7 @@ class Sync:
             else:
                 self._send(server, entry.run, [], {}, {"state": "interrupted"})
                 self._set_status(server, entry, "KILLED", now.time)
-            self._save(self._ledger, identity)
+            self._save(self.ledger, identity)
 
     def _cell_tags(self, view: CellView, status: RunStatus) -> dict[str, str]:
         found = tags(view, self._sweep.commit)

@@ -4,8 +4,10 @@ A `Tracker` is a thread in the driver that looks at the store every few seconds 
 (`pipeline.tracking.sync` decides what). Since everything comes from files, nothing is lost when the server is away:
 what it has not got is sent the next time, and training never waits for it.
 
-One writer per sweep: a file lock that ends with its process. A second driver of the same sweep waits for it, and takes
-over when the first is gone.
+One writer per sweep: a file lock that ends with its process (on an object store, a lease). A second driver of the same
+sweep takes over when the first is gone. At its own end it waits until the ledger says that the first has told of every
+cell that is done, for the first may have had its last look already, or be dead with a lease that has yet to run out. What
+is still being worked on it leaves to whoever works on it.
 
 `import mlflow` takes two to three seconds, and from outside nothing can be done about it: its `__init__` imports
 `mlflow.tracking`, which loads pandas for data-set entities (1.8 s), and `mlflow.genai`, which loads FastAPI for its
@@ -28,6 +30,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipeline.interruption import EndNow
+from pipeline.lease import TTL
 from pipeline.masking import mask_text, mask_uri
 from pipeline.record import source_commit
 from pipeline.tracking.ledger import LEDGER_FILE, Ledger
@@ -48,6 +51,7 @@ FLUSH_S = 60.0
 """Longest wait for the server when a run ends."""
 HURRY_S = 10.0
 """The same when the user has asked for the end."""
+OTHER_WRITES = f"another driver of this sweep writes to it, or its machine was lost less than {TTL:.0f} s ago"
 
 
 def tracking_uri(store_root: Path) -> str:
@@ -105,6 +109,7 @@ class Tracker:
         self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
         self._lock: ExitStack | None = None
         self._sync: Sync | None = None
+        self._bystander: Sync | None = None
         self._server: MlflowServer | None = None
         self._complaint = ""
 
@@ -128,7 +133,8 @@ class Tracker:
         self.close()
 
     def close(self) -> None:
-        """Send what is left, set the end states, stop. Waits for the server for at most `flush` seconds."""
+        """Send what is left, set the end states, stop. Waits for the server, or for the driver that has the lock, for at
+        most `flush` seconds."""
         self._end.set()
         self._thread.join(self._flush + 30.0)
         if self._thread.is_alive():
@@ -144,7 +150,10 @@ class Tracker:
         deadline = time.monotonic() + self._flush
         while not self._tick(final=True):
             if time.monotonic() > deadline:
-                log.warning("MLflow at %s is not up to date; running the sweep again completes it", self.masked_uri)
+                why = "" if self._lock is not None else f" ({OTHER_WRITES})"
+                log.warning(
+                    "MLflow at %s is not up to date%s; running the sweep again completes it", self.masked_uri, why
+                )
                 break
             time.sleep(min(2.0, self._flush / 4))
         if self._lock is not None:
@@ -156,8 +165,8 @@ class Tracker:
             self._store.look_anew()
         try:
             if not self._alone():
-                return True
-            sync = self._sync = self._sync or self._make_sync()
+                return not final or self._others_tell()
+            sync = self._sync = self._sync or self._begin()
             now = sync.snapshot()
             if not sync.up_to_date(now):
                 self._server = self._server or self._connect()
@@ -197,12 +206,24 @@ class Tracker:
         self._lock = self._store.alone(self._folder)
         return self._lock is not None
 
+    def _others_tell(self) -> bool:
+        """Whether the driver that has the lock has told of every cell that is at its end."""
+        own = self.uri == default_uri(self._store.root)  # whose ledger is not kept
+        folder = self._folder if own else self._store.kept(self._folder, LEDGER_FILE)
+        sync = self._bystander = self._bystander or self._make_sync()
+        sync.ledger = Ledger.read(folder, self.masked_uri)
+        return sync.ends_told(sync.snapshot())
+
+    def _begin(self) -> Sync:
+        """As the only writer: the ledger comes to this node."""
+        self._store.bring(self._folder, LEDGER_FILE)
+        return self._make_sync()
+
     def _make_sync(self) -> Sync:
         from pipeline.config_io import dump_yaml  # yaml is not needed before
 
         experiment, cells = self._sweep
         folder, server = self._folder, self.masked_uri
-        self._store.bring(folder, LEDGER_FILE)
         text = dump_yaml(experiment.model_dump(mode="json"))
         sweep = Sweep(experiment.name, experiment.description, text, cells, self._store, source_commit())
         return Sync(sweep, Ledger.read(folder, server), lambda ledger, cell: ledger.write(folder, server, cell))
