@@ -53,7 +53,8 @@ class ObjectSteps(StepFolders):
             log.warning("old step checkpoints could not be removed", exc_info=True)
 
     def _remove_old(self, new: str, keep: int) -> None:
-        marked = {name: MARKER in files for name, files in self._there().items()}
+        self.known.add(new)
+        marked = {name: MARKER in files for name, files in self._there().items() if name in self.known}
         for name in outdated(marked, new, keep, self.skipped):
             # The marker first: what has none is never taken for whole.
             self.site.bucket.remove([f"{self.prefix}{name}/{MARKER}"])
@@ -66,7 +67,9 @@ class ObjectSteps(StepFolders):
 
     def newest(self, on_torn: Callable[[str, str], None]) -> str | None:
         """Name of the newest that is complete; `on_torn` gets the name of each newer one that is not, with why."""
-        for name, files in sorted(self._there().items(), reverse=True):
+        there = self._there()
+        self.known.update(there)
+        for name, files in sorted(there.items(), reverse=True):
             why = self._brought(name) if MARKER in files else f"{MARKER} is missing"
             if why is None:
                 return name

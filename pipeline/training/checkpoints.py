@@ -131,10 +131,10 @@ def rank_files(folder: Path) -> list[Path]:
 
 def outdated(marked: Mapping[str, bool], new: str, keep: int, skipped: Collection[str]) -> list[str]:
     """Of the names in `marked` (and whether they are) those to remove when `new` is complete: all but the newest `keep`,
-    of which one that the run has `skipped` is none. What is newer and not skipped is another writer's and stays."""
+    of which one that the run has `skipped` is none."""
     newest = sorted((name for name, is_marked in marked.items() if is_marked and name not in skipped), reverse=True)
     kept = {new, *newest[:keep]}
-    return [name for name in marked if name not in kept and (name in skipped or name <= max([new, *newest]))]
+    return [name for name in marked if name not in kept]
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,9 @@ class StepFolders:
     """Where ranks write."""
     skipped: set[str] = field(default_factory=set, kw_only=True, compare=False)
     """Those that this run has found damaged when it looked for where to go on."""
+    known: set[str] = field(default_factory=set, kw_only=True, compare=False)
+    """Those that it has found then, and its own. It removes no others: when its attempt has lost the lease, or has taken
+    it from one that still writes, there may be any."""
 
     def sent(self, folder: Path, files: list[Path]) -> None:
         """This rank has written its files and their manifest: bring them to disk."""
@@ -160,9 +163,11 @@ class StepFolders:
         mark_complete(folder, ranks)
         for written in (folder / MARKER, folder, self.root):  # the folder has the names of all ranks' files
             sync(written)
-        marked = {found.name: (found / MARKER).exists() for found in _folders(self.root)}
+        self.known.add(folder.name)
+        found = [one for one in _folders(self.root) if one.name in self.known]
+        marked = {one.name: (one / MARKER).exists() for one in found}
         for name in outdated(marked, folder.name, keep, self.skipped):
-            shutil.rmtree(self.root / name)
+            shutil.rmtree(self.root / name, ignore_errors=True)  # the other attempt may remove it at the same time
 
     def leave(self, folder: Path) -> None:
         """The checkpoint is marked, and this rank is done with it."""
@@ -174,6 +179,7 @@ class StepFolders:
             self.skipped.add(folder.name)
             on_torn(folder.name, why)
 
+        self.known.update(folder.name for folder in _folders(self.root))
         found = newest_complete(self.root, torn)
         return None if found is None else found.name
 

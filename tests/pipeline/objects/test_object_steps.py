@@ -83,7 +83,8 @@ def look(build: ObjectBuild) -> tuple[int | None, str]:
 
 
 def test_the_newest_complete_one_is_found_with_all_ranks_files_and_old_ones_are_gone(build: ObjectBuild):
-    names = [write(build, step) for step in (5, 10, 15)]
+    first = steps(build, "node-0")
+    names = [write(build, step, first=first) for step in (5, 10, 15)]
     assert newest(build) == (names[2], {})
     folder = steps(build, "another").open(names[2])
     assert read_position(folder).tokens == 150
@@ -132,6 +133,15 @@ def test_damaged_ones_that_were_skipped_make_room_for_the_run_that_goes_on(build
     assert newest(build) == (new, {})
     there = {key.split("/")[4] for key in build.store.bucket.list(f"{build.key}/progress/{STAGE.identity}/")}
     assert there == {new, *([whole] if keep == 2 else [])}
+
+
+def test_who_has_lost_the_lease_removes_nothing_of_what_its_successor_writes(build: ObjectBuild):
+    before, lost = write(build, 5), steps(build, "node-0")
+    assert lost.newest(lambda name, why: None) == before
+    being_written = write(build, 7, mark=False)
+    ahead = write(build, 15, keep=1, first=lost)
+    there = {key.split("/")[4] for key in build.store.bucket.list(f"{build.key}/progress/{STAGE.identity}/")}
+    assert there == {being_written, ahead}
 
 
 def test_publishing_removes_them_and_keeps_the_curve(build: ObjectBuild):

@@ -134,12 +134,14 @@ def test_before_an_older_checkpoint_goes_all_of_the_new_one_is_on_disk(
     root, lines = tmp_path / "run", tmp_path / "metrics.jsonl"
     write(root, 10)
     lines.write_text("one line\n")
-    steps, new = StepFolders(root), write(root, 20, marked=False)
+    steps = StepFolders(root)
+    assert steps.newest(lambda name, why: None)
+    new = write(root, 20, marked=False)
     on_disk: dict[Path, bytes | set[str]] = {}
     there: dict[Path, bytes | set[str]] = {}
     monkeypatch.setattr(checkpoints, "sync", lambda path: on_disk.update({path: content(path)}))
 
-    def look(folder: Path) -> None:
+    def look(folder: Path, ignore_errors: bool) -> None:
         there.update({path: content(path) for path in (lines, root, new, *new.iterdir())})
         assert there.items() <= on_disk.items()
 
@@ -148,6 +150,19 @@ def test_before_an_older_checkpoint_goes_all_of_the_new_one_is_on_disk(
         steps.sent(new, [file for file in new.iterdir() if file.stem in (f"rank-{rank:05d}", *also)])
     steps.complete(new, 2, 1)
     assert {path.name for path in there} > {"complete.json", "position.json", "rank-00001.safetensors"}
+
+
+def test_who_has_lost_the_lease_removes_nothing_of_what_its_successor_writes(tmp_path: Path) -> None:
+    before = write(tmp_path, 100)
+    lost, successor = StepFolders(tmp_path), StepFolders(tmp_path)
+    for steps in (lost, successor):
+        assert steps.newest(lambda name, why: None) == before.name
+    being_written = write(tmp_path, 110, marked=False)
+    ahead, _ = go_on(tmp_path, 300, 1, lost)
+    assert names(tmp_path) == {being_written.name, ahead.name}
+    successor.complete(being_written, 2, 1)
+    own, _ = go_on(tmp_path, 120, 1, successor)
+    assert names(tmp_path) == {own.name, ahead.name}
 
 
 def test_two_checkpoints_of_one_step_have_different_names() -> None:
