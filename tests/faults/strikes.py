@@ -15,12 +15,20 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
+from pipeline.lease import TTL
 from pipeline.training import checkpoints
 from tests.faults.place import LONGEST_RUN_S, OF_A_CELL, STAGES, STEPS, Driver, Place, is_finished, kill, name_of
 from tests.faults.surroundings import Surroundings
 
 GRACE_S = 90.0
 """Longest time that a driver may take to end when it is told to."""
+TAKE_OVER_S = TTL + 120.0
+"""Longest time until a lease without a heartbeat is taken over, the start of another driver included."""
+SUSPENDED = (
+    "ray::ImplicitFunc",
+    "ray::RayTrainWorker",
+    *(f"ray::{stage}" for stage in ("prune", "evaluate", "benchmark")),
+)
 TRAINED = tuple(STEPS)
 WORKERS = ("teacher", "calibrate", "distill")
 """Stages that run on Ray Train workers."""
@@ -277,6 +285,36 @@ def start_second_driver(target: Target) -> str | None:
     return f"driver {second.process.pid}"
 
 
+def suspend_trial(target: Target) -> str | None:
+    """The processes that work for a driver get no processor until a second driver has taken their lease over, and wake up
+    beside it: those of a trial on a machine that swaps, or is asleep."""
+    first = target.driver
+    working = [pid for pid, line in target.around.processes(first).items() if line.startswith(SUSPENDED)]
+    before = _attempts(target)
+    if not working or not before:
+        return None
+    for pid in working:
+        kill(pid, signal.SIGSTOP)
+    second = target.place.start()
+    target.around.beside.append(first)
+    end = time.monotonic() + TAKE_OVER_S
+    while second.alive and _attempts(target) == before and time.monotonic() < end:
+        time.sleep(0.2)
+    taken = _attempts(target) != before
+    time.sleep(target.random.uniform(0.0, 5.0))
+    for pid in working:
+        kill(pid, signal.SIGCONT)
+    if not taken:
+        target.problems.append(f"nobody has taken over within {TAKE_OVER_S:.0f} s")
+    return f"{len(working)} processes"
+
+
+def _attempts(target: Target) -> dict[str, int]:
+    """The artifacts of the stage that are not finished -> their newest attempt."""
+    open_ = [path for path in target.place.artifacts(target.stage) if not is_finished(path)]
+    return {name_of(path): len(list((path / "attempts").glob("[0-9]*"))) for path in open_}
+
+
 def wait_for_second_drivers(target: Target) -> None:
     """What every second driver must come to."""
     for second in target.around.beside:
@@ -304,6 +342,7 @@ FAULTS = (
     Fault("flipped byte in a token shard", WORKERS, flip_in_shards),
     Fault("flipped byte in a student", ("distill", "evaluate"), flip_in_student),
     Fault("two drivers at once", STAGES, start_second_driver),
+    Fault("suspended trial", WORKERS, suspend_trial),
     Fault("file times a day off", STAGES, move_file_times),
     Fault("clock jump", STAGES, jump_clock, kind="clock"),
     Fault("disk full", STAGES, fill_disk, kind="disk"),
