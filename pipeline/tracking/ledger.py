@@ -59,7 +59,10 @@ class Ledger(BaseModel):
     """What is remembered of a sweep on one server."""
 
     token: str
-    """The keys of the sweep's runs begin with it; a new one is a new beginning, without the cells there were."""
+    """The keys of the sweep's runs begin with it; a new one is a new beginning, without the cells there were.
+
+    A server that is new here starts with the newest of the others, for one server may have several addresses (a store
+    that was moved takes its database along): under the same keys the runs are found there."""
     experiment: str = ""
     """Id of MLflow's experiment that the runs are in."""
     parent: Entry | None = None
@@ -70,9 +73,12 @@ class Ledger(BaseModel):
     @classmethod
     def read(cls, folder: Path, server: str) -> Ledger:
         """What the sweep's folder says about `server` (a masked URI); a new ledger when it says nothing."""
-        earlier = (read_json(folder / EARLIER_FILE) or {}).get(server)
-        ledger = cls(token=uuid.uuid4().hex) if earlier is None else cls.model_validate(earlier)
-        for line in _lines(folder / LEDGER_FILE):
+        earlier, lines = read_json(folder / EARLIER_FILE) or {}, list(_lines(folder / LEDGER_FILE))
+        tokens = [known["token"] for known in earlier.values()]
+        tokens += [line.token for line in lines if isinstance(line, _SweepLine)]
+        known = earlier.get(server) or {"token": tokens[-1] if tokens else uuid.uuid4().hex}
+        ledger = cls.model_validate(known)
+        for line in lines:
             if line.server == server:
                 ledger._take(line)
         return ledger

@@ -29,9 +29,23 @@ def test_each_server_has_its_own_memory(tmp_path: Path) -> None:
         ledger.cells["x"] = Entry(run=server)
         ledger.write(tmp_path, server, "")
         ledger.write(tmp_path, server, "x")
-    assert one.token != other.token
     for ledger, server in ((one, "a"), (other, "b")):
         assert Ledger.read(tmp_path, server).model_dump() == ledger.model_dump()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_server_that_is_new_starts_with_the_keys_of_the_others_and_one_that_began_anew_keeps_its_own(
+    tmp_path: Path, earlier: bool
+) -> None:
+    if earlier:
+        (tmp_path / EARLIER_FILE).write_text(json.dumps({"a": {"token": "t"}}))
+    else:
+        written(tmp_path, cells=1)
+    other = Ledger.read(tmp_path, "b")
+    assert (other.token, other.experiment, other.parent, other.cells) == ("t", "", None, {})
+    other.token = "u"
+    other.write(tmp_path, "b", "")
+    assert [Ledger.read(tmp_path, server).token for server in ("a", "b", "c")] == ["t", "u", "u"]
 
 
 def test_the_last_line_about_a_cell_holds_and_nothing_is_written_twice(tmp_path: Path) -> None:

@@ -340,6 +340,20 @@ def test_a_server_for_others_is_told_by_what_names_and_hides_its_databases_passw
         serve_ui(Store(tmp_path), None, 5000, serve=True)
 
 
+def test_the_same_database_under_another_address_gets_no_second_set_of_runs(synthetic: SyntheticStore) -> None:
+    (cell,), server = toy_cells(methods=("overfill",)), FakeServer()
+    synthetic.finish(cell)
+    place = synthetic.store.root
+    for name in ("runs", "moved"):
+        place = place.rename(place.with_name(name))
+        tracker = Tracker(Store(place), cell.config, [cell], f"sqlite:///{place}/mlflow.db", interval=0.02)
+        tracker._connect = lambda: server  # type: ignore[method-assign, assignment, return-value]
+        with tracker:
+            pass
+    assert len(server.runs) == 2
+    assert {run.status for run in server.runs.values()} == {"FINISHED"}
+
+
 NOTHING_TO_DO = """
 import sys
 from pathlib import Path
