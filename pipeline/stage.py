@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from pathlib import Path
@@ -290,9 +290,20 @@ def append_line(path: Path, text: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, f"{chr(10) if torn else ''}{text}\n".encode())
+        _append(descriptor, size, f"{chr(10) if torn else ''}{text}\n".encode())
     finally:
         os.close(descriptor)
+
+
+def _append(descriptor: int, size: int, data: bytes) -> None:
+    """Append all of `data`, or leave the file at `size` and raise OSError: on a full disk a write can be a short one."""
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except OSError:
+        with suppress(OSError):  # then the next line begins behind a stump
+            os.ftruncate(descriptor, size)
+        raise
 
 
 def resolve(function: str) -> Callable[[StageRun], Metrics | None]:

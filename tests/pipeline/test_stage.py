@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -150,6 +151,36 @@ def test_a_line_after_a_killed_writers_half_line_stands_alone(tmp_path: Path):
     run.metrics_path.write_text('{"step": 1, "ste')
     run.log_metrics(2, 10, {"train/loss": 1.0})
     assert json.loads(run.metrics_path.read_text().splitlines()[1])["step"] == 2
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, write = tmp_path / "metrics.jsonl", os.write
+    path.write_text("first\n")
+    room = [8]
+
+    def until_full(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(descriptor, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(os, "write", until_full)
+    with pytest.raises(OSError, match="No space left on device"):
+        append_line(path, "longer than what is left")
+    assert path.read_text() == "first\n"
+    room[0] = 100
+    append_line(path, "second")
+    assert path.read_text() == "first\nsecond\n"
+
+
+def test_a_short_write_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:3]))
+    append_line(tmp_path / "metrics.jsonl", "a whole line")
+    assert (tmp_path / "metrics.jsonl").read_text() == "a whole line\n"
 
 
 def test_lines_of_several_writers_do_not_mix(tmp_path: Path):
