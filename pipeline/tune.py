@@ -14,6 +14,7 @@ at the next step; it saves its position and ends. Killing the trial instead woul
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 RUNG_METRIC = "validation/nll"
 """What successive halving compares; smaller is better."""
+DIVERGED = 1e30
+"""What a NaN counts as there: Ray leaves a NaN out, and between it and infinity there would be no percentile."""
 TRIAL_RETRIES = 3
 """A trial raises nothing, so what Tune sees fail is its process: the next one takes its stage over where it was."""
 LOST_TRIAL = (
@@ -265,6 +268,8 @@ class CooperativeAsha(FIFOScheduler):
         """Let the group decide; a decision to stop becomes a request."""
         if RUNG_METRIC not in result or "outcome" in result:
             return self.CONTINUE
+        if not math.isfinite(result[RUNG_METRIC]):
+            result = result | {RUNG_METRIC: DIVERGED}
         decision = self._group(trial).on_trial_result(tune_controller, trial, result)
         cell = self._cells[trial.config["place"]]
         if decision == self.STOP and result["step"] < cell.config.distill.steps:

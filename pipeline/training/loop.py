@@ -9,6 +9,7 @@ by rank 0 to the run's metrics file; Ray Train hears of step checkpoints only, b
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -149,9 +150,9 @@ class Recorder:
         self._write(position, {f"train/{name}": value for name, value in values.items()}, system_metrics())
 
     def write_validation(self, position: Position, nll: float) -> Position:
-        """The held-out NLL; returns the position with the best so far."""
+        """The held-out NLL; returns the position with the best so far, which no NaN is."""
         self._write(position, {"validation/nll": nll})
-        if position.best_nll is not None and position.best_nll <= nll:
+        if not nll < (math.inf if position.best_nll is None else position.best_nll):
             return position
         return replace(position, best_nll=nll, best_step=position.step)
 

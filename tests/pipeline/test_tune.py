@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,20 @@ def test_a_worse_cell_of_the_same_group_is_asked_to_stop_and_not_killed(cells, t
     assert not stop.exists()
     assert report(asha, worse, 10, 2.0) == asha.CONTINUE, "a request, not a kill"
     assert "step 10" in stop.read_text()
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_cell_that_has_diverged_is_worse_than_any_other(cells, tmp_path, lost):
+    group = [cells[0]] * 4
+    stop = attempt_at(Store(tmp_path), cells[0]) / STOP_FILE
+    asha = scheduler(group, tmp_path)
+    for place in range(len(group)):
+        asha.on_trial_add(None, trial(place))
+    for place, nll in enumerate((lost, 1.0, 3.0)):
+        report(asha, trial(place), 10, nll)
+        assert not stop.exists(), "the first one, and two that are better"
+    report(asha, trial(3), 10, lost)
+    assert stop.exists()
 
 
 def test_cells_of_other_ratios_methods_or_seeds_do_not_compete(cells, tmp_path):
