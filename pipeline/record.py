@@ -21,6 +21,8 @@ from pipeline.fingerprint import digest_once, known_digest
 FORMAT = 2
 """1: without a digest of the record itself."""
 RECORD_FILE = "record.json"
+_NFS = ".nfs"
+"""What NFS calls a file that was removed while a process had it open; it goes when that process closes it."""
 COMMIT_VARIABLE = "OVERFILL_COMMIT"
 """What the source was made of, where it runs outside its repository: set by whoever sends it there."""
 LIBRARIES = (
@@ -136,7 +138,7 @@ def is_hidden(name: str) -> bool:
 
 
 def payload_files(payload: Path) -> list[tuple[str, Path]]:
-    """(relative name, file) of every file of a payload but its record, sorted.
+    """(relative name, file) of every file of a payload but its record and what NFS keeps of removed ones, sorted.
 
     Raises ValueError for a link: what it points at may change, and is not in the artifact; OSError for a folder that
     cannot be listed: its files are not missing."""
@@ -147,7 +149,7 @@ def payload_files(payload: Path) -> list[tuple[str, Path]]:
             if path.is_symlink():
                 raise ValueError(f"{path} is a link; an artifact holds its files itself, so copy what it points at")
         found += [(Path(folder, name).relative_to(payload).as_posix(), Path(folder, name)) for name in files]
-    return sorted(entry for entry in found if entry[0] != RECORD_FILE)
+    return sorted(entry for entry in found if entry[0] != RECORD_FILE and not entry[1].name.startswith(_NFS))
 
 
 def _unless_gone(error: OSError) -> None:

@@ -204,6 +204,16 @@ def test_a_link_in_a_payload_is_refused(store: Store, build: Build, tmp_path: Pa
     assert store.record(STAGE) is None
 
 
+def test_what_nfs_keeps_of_a_removed_file_is_no_part_of_the_artifact(store: Store, build: Build):
+    (build.staging / "shards").mkdir()
+    for name in ("weights", ".nfs00012", "shards/.nfs00013"):
+        (build.staging / name).write_bytes(b"123")
+    assert set(build.publish({}).files) == {"weights"}
+    assert store.verify(STAGE) is not None
+    (store.payload(STAGE) / ".nfs00012").unlink()
+    assert store.verify(STAGE) is not None
+
+
 def test_a_failed_attempt_leaves_its_outcome_and_its_progress_and_no_payload(store: Store):
     build = begin(store)
     (build.staging / "half").touch()
