@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
 """In the folder of an attempt that shall save its position and end. Of its attempt alone: who has lost its lease, and
@@ -34,8 +37,12 @@ class StopFile:
     path: Path
 
     def __call__(self) -> bool:
-        """Whether it is raised."""
-        return self.path.exists()
+        """Whether it is raised; a look that fails ends no training."""
+        try:
+            return self.path.exists()
+        except OSError as error:
+            log.warning("whether %s is there cannot be seen: %s", self.path, error)
+            return False
 
     def ask(self, why: str = "") -> None:
         """Raise it."""

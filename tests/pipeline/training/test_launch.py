@@ -75,6 +75,19 @@ def test_a_request_to_stop_survives_a_file_system_that_fails_for_a_moment(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+def test_who_cannot_look_for_a_request_to_stop_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopFile(tmp_path / "stop")
+    stop.ask()
+
+    def stale(self: Path, **_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(self))
+
+    with monkeypatch.context() as away:
+        away.setattr(Path, "stat", stale)
+        assert not stop()
+    assert stop()
+
+
 def test_without_a_request_no_file_appears(tmp_path: Path) -> None:
     with _forward_stop(lambda: False, StopFile(tmp_path / "stop")):
         pass
