@@ -24,7 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.corpus.order import EMPTY_SLOT, BatchOrder
-from pipeline.corpus.shards import TokenRow, TokenShards
+from pipeline.corpus.shards import INDEX_NAME, TokenRow, TokenShards
 from pipeline.stage import Located, here
 
 TOKENS_PER_BLOCK = 131_072
@@ -107,6 +107,7 @@ def stream_steps(plan: StreamPlan, first: int) -> Iterator[StepRows]:
 
 def read_block(plan: StreamPlan, start: int) -> list[pa.Table]:
     """A block: the steps from `start` on, as one table with a row per slot (a list of one, as Ray Data wants it)."""
+    _forget_replaced(plan.folder)
     end = min(plan.steps, start + plan.steps_per_block)
     return [_pack([read_step(plan, step) for step in range(start, end)])]
 
@@ -163,5 +164,28 @@ def ids_of(row: TokenRow) -> Row:
 
 @lru_cache(maxsize=2)
 def _opened(folder: Path | Located, sequences_per_batch: int, seed: int) -> tuple[TokenShards, BatchOrder]:
-    shards = TokenShards.open(here(folder))
+    place = here(folder)
+    _versions[folder] = (place, _version(place))
+    shards = TokenShards.open(place)
     return shards, BatchOrder(shards.prompt_lengths, shards.response_lengths, sequences_per_batch, seed)
+
+
+Version = tuple[int, int] | None
+_versions: dict[Path | Located, tuple[Path, Version]] = {}
+"""Where shards that this process has opened lie, and which they were."""
+
+
+def _version(place: Path) -> Version:
+    try:
+        found = (place / INDEX_NAME).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _forget_replaced(folder: Path | Located) -> None:
+    """Forget shards that were damaged and built anew since this process opened them: Ray keeps the processes of its
+    tasks, and in those the old files, set aside, go on being read."""
+    place, opened = _versions.get(folder, (None, None))
+    if place is not None and _version(place) not in (opened, None):
+        _opened.cache_clear()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pytest
 
 from pipeline.corpus.shards import TokenShards, write_samples
 from pipeline.training import datasource, stream
-from pipeline.training.stream import StepRows, StreamPlan, read_step, stream_steps
+from pipeline.training.stream import StepRows, StreamPlan, read_block, read_step, stream_steps
 
 SEQUENCES = 7
 
@@ -115,3 +116,14 @@ def test_every_function_becomes_one_task_in_order() -> None:
     tables = [pa.table({"step": [step]}) for step in range(5)]
     tasks = datasource.BlockDatasource([partial(list, [table]) for table in tables]).get_read_tasks(2)
     assert [next(iter(task())) for task in tasks] == tables
+
+
+def test_a_process_that_is_kept_reads_what_was_built_anew(tmp_path: Path) -> None:
+    place = tmp_path / "train"
+    write_samples(place, [([1], [number], "") for number in (2, 3)])
+    plan = StreamPlan(place, 2, 0, steps=1, workers=1, micro_batch=2, rank=0)
+    before = sorted(read_block(plan, 0)[0].column("response").to_pylist())
+    place.rename(tmp_path / "altered")
+    assert sorted(read_block(plan, 0)[0].column("response").to_pylist()) == before == [[2], [3]], "it has them open"
+    write_samples(place, [([1], [number], "") for number in (4, 5)])
+    assert sorted(read_block(plan, 0)[0].column("response").to_pylist()) == [[4], [5]]
