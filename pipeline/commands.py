@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 
 from overfill.errors import UserError
+from pipeline.drivers import at_work
 from pipeline.experiment import (
     DEFAULT_STORE,
     Experiment,
@@ -43,6 +44,13 @@ def run_experiment(experiment: Experiment, store: Store, address: str | None, co
     """Run what is missing and print the comparison; exit code 1 when a cell failed."""
     console = Console(stderr=True)
     keep_experiment(experiment, store)
+    with at_work(experiment, store):
+        return _run_and_report(experiment, store, address, continue_stopped, console)
+
+
+def _run_and_report(
+    experiment: Experiment, store: Store, address: str | None, continue_stopped: bool, console: Console
+) -> int:
     outcomes: list[Outcome] = []
     if is_done(experiment, store):
         console.print(f"{experiment.name}: all {len(experiment.cells)} cells are done already", highlight=False)

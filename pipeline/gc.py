@@ -12,12 +12,13 @@ experiment files since the listing ends the removal.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,26 +28,30 @@ from rich.console import Console
 from rich.table import Table
 
 from overfill.errors import UserError
+from pipeline.drivers import alive, files_of
 from pipeline.experiment import EXPERIMENT_FILE
-from pipeline.lease import acquire
+from pipeline.lease import LEASE_FILE, acquire, attempt_folder
 from pipeline.needed import Needed, identity_of
 from pipeline.planning import size
 from pipeline.record import RECORD_FILE
 from pipeline.store import IDENTITY_FILE, Store
 from pipeline.training.checkpoints import step_of, why_incomplete
 
+log = logging.getLogger(__name__)
+
 STALE_S = 3600.0
 """Least age of leftovers that no lease covers: hidden files beside an experiment, folders of Ray Tune."""
 TRASH = ".trash"
 _TEMPORARY = re.compile(r"\..+[.-][0-9a-f]{32}\Z")
 """What `record.write_text` and `lease` name a file before they rename it."""
-NO_EXPERIMENT, ALTERED, OF_ATTEMPT, OF_RUN, OF_FINISHED, OLDER = (
+NO_EXPERIMENT, ALTERED, OF_ATTEMPT, OF_RUN, OF_FINISHED, OLDER, OF_DRIVER = (
     "no experiment refers to it",
     "set aside as altered",
     "left by an attempt that has ended",
     "of a run that has ended",
     "step checkpoints of a finished stage",
     "an older step checkpoint",
+    "left by a driver that has ended",
 )
 """Reasons that a store on object storage has as well."""
 
@@ -82,7 +87,7 @@ def collect_garbage(store: Store, delete: bool, keep_checkpoints: int, console: 
 
 def _collect_garbage(store: Store, delete: bool, keep_checkpoints: int, console: Console) -> None:
     before = experiment_files(store)
-    found = collect(store, keep_checkpoints)
+    found = collect(store, keep_checkpoints, lambda text: console.print(text, highlight=False))
     gone = list(remove(store, found, before)) if delete else found
     rows = [(one.size, str(one.path.relative_to(store.root)), one.reason) for one in gone]
     print_garbage(rows, len(found) - len(gone), delete, console)
@@ -105,11 +110,16 @@ def print_garbage(rows: Sequence[tuple[int, str, str]], stay: int, delete: bool,
     )
 
 
-def collect(store: Store, keep_checkpoints: int = 1) -> list[Garbage]:
-    """Everything that can go, largest first. Raises UserError for an experiment file that cannot be read."""
+def collect(store: Store, keep_checkpoints: int = 1, say: Callable[[str], object] = log.info) -> list[Garbage]:
+    """Everything that can go, largest first; `say` is told of a wait.
+
+    Raises UserError for an experiment file that cannot be read."""
+    drivers = {folder: store.sighting(folder) for folder in store.drivers()}
+    held_by = {folder: seen for folder, seen in drivers.items() if seen.state == "held"}
+    living = alive(held_by, store.sighting, _beat, say)
     folders = list(_artifact_folders(store))
     held = {folder for folder in folders if store.sighting(folder).state == "held"}
-    needed = Needed.of(experiment_files(store), held)
+    needed = Needed.of([*_sweeps(store), *files_of(living)], held)
     found: list[Garbage] = []
     for folder in folders:
         if folder in held:
@@ -118,17 +128,21 @@ def collect(store: Store, keep_checkpoints: int = 1) -> list[Garbage]:
             found += _leftovers(folder, keep_checkpoints)
         else:
             found.append(garbage_at(folder, NO_EXPERIMENT, folder))
-    found += _outside_of_artifacts(store, alive=bool(held))
+    for folder, seen in drivers.items():
+        # One without a lease begins at this moment, or was killed there.
+        if folder not in living and (seen.attempt or _age(folder) > STALE_S):
+            found.append(garbage_at(folder, OF_DRIVER))
+    found += _outside_of_artifacts(store, busy=bool(held or living))
     return sorted(found, key=lambda one: -one.size)
 
 
 def remove(store: Store, found: list[Garbage], seen: Mapping[Path, int]) -> Iterator[Garbage]:
     """Remove what `collect` found, and yield what has gone; what somebody has begun to use since stays.
 
-    `seen` are the experiment files at the time of collecting. Raises UserError when they have changed."""
+    `seen` are the experiment files at the time of collecting. Raises UserError when one was written since."""
     trash = store.root / TRASH
     for one in found:
-        if experiment_files(store) != dict(seen):
+        if not experiment_files(store).items() <= seen.items():
             raise UserError(f"{store.root}: an experiment was started meanwhile; what is left stays, run gc again")
         if _remove(store, one, trash):
             yield one
@@ -138,8 +152,24 @@ def remove(store: Store, found: list[Garbage], seen: Mapping[Path, int]) -> Iter
 
 
 def experiment_files(store: Store) -> dict[Path, int]:
-    """Experiment file -> when it was last written."""
-    return {path: path.stat().st_mtime_ns for path in sorted((store.root / "sweeps").glob(f"*/{EXPERIMENT_FILE}"))}
+    """Experiment file, of a sweep or of a driver, -> when it was last written."""
+    found: dict[Path, int] = {}
+    for path in (*_sweeps(store), *files_of(set(store.drivers()))):
+        with suppress(FileNotFoundError):  # a driver has just ended
+            found[path] = path.stat().st_mtime_ns
+    return found
+
+
+def _sweeps(store: Store) -> list[Path]:
+    return sorted((store.root / "sweeps").glob(f"*/{EXPERIMENT_FILE}"))
+
+
+def _beat(folder: Path) -> bytes:
+    """Changes with every heartbeat of a driver."""
+    try:
+        return (attempt_folder(folder / "attempts", 1) / LEASE_FILE).read_bytes()
+    except OSError:
+        return b""
 
 
 # --- what there is
@@ -182,8 +212,8 @@ def older(root: Path, keep: int, digests: bool = True) -> Iterator[Path]:
             whole += 1
 
 
-def _outside_of_artifacts(store: Store, alive: bool) -> Iterator[Garbage]:
-    """`alive`: somebody builds something in this store, so Ray Tune may be at work too."""
+def _outside_of_artifacts(store: Store, busy: bool) -> Iterator[Garbage]:
+    """`busy`: somebody is at work in this store, so Ray Tune may be too, whatever the times of its files are."""
     for path in sorted([*store.root.glob(f"{TRASH}/*"), *store.root.glob(f"*/{TRASH}/*")]):
         yield garbage_at(path, "left by a gc that was interrupted")
     for path in sorted([*store.root.glob("sweeps/*/.*"), *store.root.glob(".claims/.*")]):
@@ -191,7 +221,7 @@ def _outside_of_artifacts(store: Store, alive: bool) -> Iterator[Garbage]:
             yield garbage_at(path, "half a file of a killed writer")
     for path in sorted((store.root / "tune").glob("[ir]*-*")):
         # A living Tune writes its state every few seconds; a request to end (`interrupt-...`) is over in a minute.
-        if not alive and all(_age(part) > STALE_S for part in _within(path)):
+        if not busy and all(_age(part) > STALE_S for part in _within(path)):
             yield garbage_at(path, OF_RUN)
 
 

@@ -1,8 +1,9 @@
 """Which artifacts of a store are needed: what `overfill gc` must never take, wherever the store is.
 
-An artifact is needed when an experiment file in the store (`sweeps/*/experiment.yaml`) comes to it, when something that
-is being built right now is made from it, or when it differs from a needed one only in the machine (a latency that was
-measured elsewhere). An experiment file that cannot be read leaves that open, and so ends the whole collection.
+An artifact is needed when an experiment file in the store (`sweeps/*/experiment.yaml`) or that of a living driver
+(`pipeline.drivers`) comes to it, when something that is being built right now is made from it, or when it differs from a
+needed one only in the machine (a latency that was measured elsewhere). An experiment file that cannot be read leaves that
+open, and so ends the whole collection.
 """
 
 from __future__ import annotations

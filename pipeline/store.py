@@ -10,6 +10,7 @@
         payload/                 the artifact, which exists if and only if payload/record.json does
         altered-0002/            a payload that was found altered when attempt 2 began, set aside
     <store>/.claims/<identity>   -> that folder, so that two processes with different labels use the same one
+    <store>/.drivers/            who is at work (`pipeline.drivers`)
 
 This module reads; `pipeline.build` writes attempts and publishes. The folder needs links and atomic renames, as local
 disks, NFS and Lustre have. Nothing is believed that was not checked: every look compares the names and sizes of an
@@ -19,11 +20,11 @@ every file is compared too (`verify`), once per process as long as the files sta
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import heapq
 import json
 import logging
+import shutil
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -33,9 +34,10 @@ from typing import Any, get_args
 
 from overfill.errors import UserError
 from pipeline import kept
+from pipeline.claims import claim_for, claimed_place
 from pipeline.difference import Nearest, differences
 from pipeline.kept import Kept
-from pipeline.lease import TTL, Sighting, Watch, attempt_folder, newest_attempt
+from pipeline.lease import TTL, Heartbeat, Sighting, Watch, acquire, attempt_folder, newest_attempt
 from pipeline.notes import read_note, text_of
 from pipeline.record import RECORD_FILE, Record, write_json
 from pipeline.resume import Facts, Outcome
@@ -53,6 +55,7 @@ _TICK_S = 0.1
 
 OUTCOME_FILE, ATTEMPT_FILE, LOG_FILE = "outcome.json", "attempt.json", "log.txt"
 STOPPED_FILE = "stopped.json"
+DRIVERS = ".drivers"
 
 
 class Store:
@@ -74,7 +77,7 @@ class Store:
 
     def find(self, identity: str, name: str = "*") -> Path | None:
         """Folder of an identity whatever its label, or None. `name` narrows the search to one stage's folder."""
-        claimed = _claimed(self.root / ".claims" / identity)
+        claimed = claimed_place(self.root / ".claims" / identity)
         if claimed is not None and (self.root / claimed).is_dir():
             return self.root / claimed
         named = (parent / found for parent in self._kinds(name) for found in self._names(parent).get(identity, ()))
@@ -142,6 +145,18 @@ class Store:
                 return None
             return stack.pop_all()
 
+    def drivers(self) -> list[Path]:
+        """Folders of the drivers that say that they are at work here, or were killed."""
+        return sorted((self.root / DRIVERS).glob("*"))
+
+    def lease(self, folder: Path, after: int) -> Heartbeat | None:
+        """The lease of a folder behind its attempt `after`; None when another process was faster."""
+        return acquire(folder / "attempts", after)
+
+    def discard(self, folder: Path) -> None:
+        """Remove a folder whose lease is over."""
+        shutil.rmtree(folder, ignore_errors=True)
+
     def create(self, stage: Stage) -> Path:
         """The folder of a stage, made if need be; every process gets the same one.
 
@@ -159,7 +174,7 @@ class Store:
         if folder is None:
             claim = self.root / ".claims" / stage.identity
             claim.parent.mkdir(parents=True, exist_ok=True)
-            folder = self.root / _claim(claim, Path(stage.name, stage.folder_name))
+            folder = self.root / claim_for(claim, Path(stage.name, stage.folder_name))
         (folder / "progress").mkdir(parents=True, exist_ok=True)
         if not (folder / IDENTITY_FILE).exists():
             content = {"identity": stage.identity, "label": stage.label, "description": stage.full_description}
@@ -352,28 +367,6 @@ class Store:
             if below in ("running", "waiting"):
                 return "waiting", f"waits for: {source.name}"
         return "missing", "nothing yet"
-
-
-def _claimed(claim: Path) -> Path | None:
-    """Place in the store that a claim names; None for no claim, and for what is none: a link may say anything."""
-    try:
-        place = claim.readlink()
-    except OSError:
-        return None
-    inside = len(place.parts) == 2 and ".." not in place.parts and place.name.rpartition("_")[2] == claim.name
-    return place if inside else None
-
-
-def _claim(claim: Path, place: Path) -> Path:
-    """Claim an identity for a place in the store, if nobody has; returns the place that it is claimed for."""
-    with contextlib.suppress(FileExistsError):
-        claim.symlink_to(place)
-    if (claimed := _claimed(claim)) is None:
-        log.warning("%s names no folder of this store that is called by it, and is replaced", claim)
-        fresh = claim.with_name(f".{claim.name}.{uuid.uuid4().hex}")
-        fresh.symlink_to(place)
-        fresh.replace(claim)
-    return claimed or place
 
 
 def _common(one: str, other: str) -> int:

@@ -23,11 +23,13 @@ from pathlib import Path
 from rich.console import Console
 
 from overfill.errors import UserError
+from pipeline.drivers import alive
 from pipeline.experiment import EXPERIMENT_FILE
 from pipeline.gc import (
     ALTERED,
     NO_EXPERIMENT,
     OF_ATTEMPT,
+    OF_DRIVER,
     OF_FINISHED,
     OF_RUN,
     OLDER,
@@ -37,7 +39,7 @@ from pipeline.gc import (
     older,
     print_garbage,
 )
-from pipeline.lease import BEAT, TTL, LeaseLost, attempt_name, host_key
+from pipeline.lease import LeaseLost, Sighting, attempt_name
 from pipeline.needed import Needed, identity_of
 from pipeline.objects.build import attempt_of, set_aside
 from pipeline.objects.leases import BEAT_FILE, ObjectLease, acquire
@@ -46,15 +48,13 @@ from pipeline.objects.site import WORK, dead_work, work_folder
 from pipeline.objects.steps import STEPS
 from pipeline.objects.store import CLAIMS, ObjectStore
 from pipeline.record import RECORD_FILE
-from pipeline.store import IDENTITY_FILE
+from pipeline.store import DRIVERS, IDENTITY_FILE
 from pipeline.training.checkpoints import MARKER
 
 log = logging.getLogger(__name__)
 
 LOOKS = 8
 """Artifacts that are looked at at once."""
-WATCH_S = BEAT
-"""Between two looks at who builds."""
 NO_ORIGINAL = "copy of what is not in the bucket any more"
 OF_PROCESS = "left by a process that has ended"
 _NO_KINDS = ("sweeps", "tune")
@@ -103,11 +103,10 @@ def _collect_garbage(store: ObjectStore, delete: bool, keep_checkpoints: int, co
 
 
 def experiment_versions(store: ObjectStore) -> dict[str, str]:
-    """Experiment file -> its version."""
-    listed = store.bucket.list("sweeps/").items()
-    return {
-        key: entry.version for key, entry in listed if re.fullmatch(f"sweeps/[^/]+/{re.escape(EXPERIMENT_FILE)}", key)
-    }
+    """Experiment file, of a sweep or of a driver, -> its version."""
+    listed = store.bucket.list("sweeps/") | store.bucket.list(f"{DRIVERS}/")
+    pattern = re.compile(rf"(?:sweeps|{re.escape(DRIVERS)})/[^/]+/{re.escape(EXPERIMENT_FILE)}")
+    return {key: entry.version for key, entry in listed.items() if pattern.fullmatch(key)}
 
 
 def collect(
@@ -118,15 +117,19 @@ def collect(
     `experiments` are the keys of experiment files; `say` is told of a wait. Raises UserError for one that cannot be
     read."""
     store.bring(store.root / "sweeps", EXPERIMENT_FILE)
+    store.bring(store.root / DRIVERS, EXPERIMENT_FILE)
+    drivers = [store.key(folder) for folder in store.drivers()]
     kinds = [name for name in store.bucket.names() if re.match("[a-z]", name) and name not in _NO_KINDS]
     found: list[ObjectGarbage] = []
     with store.mirror.one_look(kinds):
         keys = list(_artifacts(store, kinds))
         with ThreadPoolExecutor(LOOKS) as pool:
             list(pool.map(store.mirror.refresh, keys))
-        held = _held(store, keys, say)
+        at_work = _held(store, [*keys, *drivers], say)
+        held, ended = at_work.intersection(keys), {key for key in drivers if key not in at_work}
+        of_ended = {f"{key}/{EXPERIMENT_FILE}" for key in ended}
         needed = Needed.of(
-            [store.root / key for key in experiments],
+            [store.root / key for key in experiments if key not in of_ended],
             [store.root / key for key in held],
             name=lambda path: f"{store.location}/{store.key(path)}",
         )
@@ -136,7 +139,9 @@ def collect(
             elif key not in held:
                 found.append(_garbage(store.mirror.listing(key), key, "", NO_EXPERIMENT))
         copies = sorted(_copies(store, kinds), key=lambda copy: -copy.size)
-    found += () if held else _flags(store)
+        for key in ended:
+            found.append(ObjectGarbage(f"{key}/", OF_DRIVER, _garbage(store.mirror.listing(key), key, "", "").size))
+    found += () if at_work else _flags(store)
     return sorted(found, key=lambda one: -one.size), copies
 
 
@@ -151,7 +156,10 @@ def remove(
         by_artifact.setdefault(one.artifact, []).append(one)
     for one in by_artifact.pop("", ()):
         _require_unchanged(store, seen)
-        store.bucket.remove([one.place])
+        if one.reason == OF_DRIVER:
+            store.discard(store.root / one.place)
+        else:
+            store.bucket.remove([one.place])
         yield one
     for key, those in by_artifact.items():
         yield from _removed_from(store, key, those, seen, keep_checkpoints)
@@ -171,26 +179,16 @@ def _artifacts(store: ObjectStore, kinds: Iterable[str]) -> Iterator[str]:
 
 
 def _held(store: ObjectStore, keys: Iterable[str], say: Callable[[str], object]) -> set[str]:
-    """Artifacts that somebody builds.
+    """Artifacts that somebody builds, and drivers that live: whoever collects the garbage of a bucket is on another host
+    than they as a rule."""
 
-    Of a holder on another host only time can tell whether it lives, and whoever collects the garbage of a bucket is on
-    another one as a rule: so it is watched until its counter moves, or for as long as it takes to find it dead."""
+    def look(key: str) -> Sighting:
+        store.mirror.forget(key)
+        return store.sighting(store.mirror.local(key))
+
     seen = {key: store.sighting(store.mirror.local(key)) for key in keys}
-    held = {key for key, one in seen.items() if one.state == "held"}
-    owners = {key: seen[key].owner for key in held}
-    watched = {key: _beat(store, key) for key, owner in owners.items() if owner is None or owner.host != host_key()}
-    if watched:
-        say(f"being built on other hosts: {len(watched)}; waiting for a sign of life, {TTL:.0f} s at most")
-    while watched:
-        time.sleep(WATCH_S)
-        for key, beat in list(watched.items()):
-            store.mirror.forget(key)
-            if store.sighting(store.mirror.local(key)).state != "held":
-                held.discard(key)
-                del watched[key]
-            elif _beat(store, key) != beat:
-                del watched[key]
-    return held
+    held = {key: one for key, one in seen.items() if one.state == "held"}
+    return alive(held, look, lambda key: _beat(store, key), say)
 
 
 def _beat(store: ObjectStore, key: str) -> dict[str, str]:
@@ -254,7 +252,7 @@ def _garbage(listing: Listing, key: str, prefix: str, reason: str) -> ObjectGarb
 
 
 def _require_unchanged(store: ObjectStore, seen: Mapping[str, str]) -> None:
-    if experiment_versions(store) != dict(seen):
+    if not experiment_versions(store).items() <= seen.items():
         raise UserError(f"{store.location}: an experiment was started meanwhile; what is left stays, run gc again")
 
 

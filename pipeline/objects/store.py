@@ -11,6 +11,7 @@
         altered.json                what somebody who read it found damaged
         altered-0004/record.json    the record of a payload that was set aside when attempt 4 began
     <url>/.claims/<identity>        the folder of an identity, by conditional write
+    <url>/.drivers/                 who is at work (`pipeline.drivers`)
     <url>/sweeps/<name>/            an experiment and what is remembered of it
 
 An object store has no renames, so a payload is never moved: attempts write under names of their own, and the record
@@ -31,7 +32,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from overfill.errors import UserError
-from pipeline.lease import TTL, Sighting
+from pipeline.lease import TTL, Heartbeat, Sighting
 from pipeline.objects.bucket import Bucket
 from pipeline.objects.flags import ObjectFlag
 from pipeline.objects.leases import ObjectWatch, acquire, newest
@@ -41,7 +42,7 @@ from pipeline.record import RECORD_FILE, Record
 from pipeline.resume import Facts
 from pipeline.stage import Stage, topological
 from pipeline.stop import StopFlag
-from pipeline.store import IDENTITY_FILE, AlteredArtifact, Store
+from pipeline.store import DRIVERS, IDENTITY_FILE, AlteredArtifact, Store
 
 log = logging.getLogger(__name__)
 
@@ -275,6 +276,21 @@ class ObjectStore(Store):
                 return None
             stack.enter_context(lease)
             return stack.pop_all()
+
+    def drivers(self) -> list[Path]:
+        """Folders, on this node, of the drivers that say that they are at work here, or were killed."""
+        return [self.root / DRIVERS / name for name in sorted(self.bucket.names(f"{DRIVERS}/"))]
+
+    def lease(self, folder: Path, after: int) -> Heartbeat | None:
+        """The lease of a folder behind its attempt `after`; None when another process was faster."""
+        self.mirror.forget(self.key(folder))
+        return acquire(self.bucket, f"{self.key(folder)}/attempts/", after, folder)
+
+    def discard(self, folder: Path) -> None:
+        """Remove a folder whose lease is over."""
+        self.bucket.remove_below(f"{self.key(folder)}/")
+        self.mirror.forget(self.key(folder))
+        super().discard(folder)
 
     def bring(self, folder: Path, name: str) -> None:
         """Bring files called `name` of a sweep, or of all sweeps, to this node."""

@@ -17,8 +17,9 @@ from store_toys import toy
 from synthetic_store import SyntheticStore, toy_cells
 
 from overfill.errors import UserError
-from pipeline import gc
+from pipeline import commands, drivers, gc, lease
 from pipeline.cli import main
+from pipeline.drivers import at_work
 from pipeline.experiment import Experiment, keep_experiment
 from pipeline.lease import acquire
 from pipeline.stage import Stage
@@ -124,6 +125,89 @@ def test_what_is_being_built_stays_with_its_inputs(written):
     assert gc.collect(store) == []
     building.release()
     assert {one.path.parent.name for one in gc.collect(store)} == {"prune", "distill"}
+
+
+def with_other_values(cells: list[Cell]) -> Experiment:
+    """The same file as that of `finished`, with another ratio."""
+    return Experiment(
+        cells[0].config.model_copy(update={"sweep": sweep_of((0.75,))}),
+        toy_cells(ratios=(0.75,), methods=("overfill",)),
+    )
+
+
+def test_what_a_living_driver_has_made_stays_though_its_file_was_run_with_other_values_since(written):
+    store, other = written.store, with_other_values(finished(written))
+    old = store.root / "tune" / "run-1"
+    old.mkdir(parents=True)
+    os.utime(old, (1.0, 1.0))
+    with at_work(other, store):
+        for stage in other.cells[0].stages[:5]:
+            written.publish(stage, other.cells[0])
+        seen = gc.experiment_files(store)
+        assert gc.collect(store) == []
+    found = gc.collect(store)
+    assert {one.path.parent.name for one in found} == {"prune", "tune"}
+    assert store.drivers() == []
+    assert len(list(gc.remove(store, found, seen))) == 2, "a driver that has ended since needs nothing more"
+
+
+def test_what_a_killed_driver_left_protects_nothing_and_goes(written):
+    store, other = written.store, with_other_values(finished(written))
+
+    def killed() -> Path:
+        if (child := os.fork()) == 0:
+            with at_work(other, store):
+                os._exit(0)
+        os.waitpid(child, 0)
+        (folder,) = store.drivers()
+        return folder
+
+    written.publish(other.cells[0].stages[4], other.cells[0])
+    left = killed()
+    reasons = paths(gc.collect(store), store)
+    assert reasons.pop(left.relative_to(store.root).as_posix()) == "left by a driver that has ended"
+    assert [path.partition("/")[0] for path in reasons] == ["prune"]
+    assert len(delete(store)) == 2 and store.drivers() == []
+    killed()
+    with at_work(other, store):
+        assert len(store.drivers()) == 1, "the next driver has cleared it away"
+    assert gc.collect(store) == []
+
+
+def test_a_driver_on_another_host_has_time_for_a_sign_of_life(written, monkeypatch):
+    store, other = written.store, with_other_values(finished(written))
+    waits = ([], [])
+    monkeypatch.setattr(drivers, "WATCH_S", 0.02)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(lease, "host_key", lambda: "elsewhere")
+        driver = at_work(other, store)
+        driver.__enter__()
+    written.publish(other.cells[0].stages[4], other.cells[0])
+    (folder,) = store.drivers()
+    assert len(gc.collect(Store(store.root, ttl=0.1), say=waits[0].append)) == 2
+    beats = iter(range(9))
+    file = folder / "attempts" / "0001" / "lease.json"
+    moved = lambda _: file.write_text(file.read_text().replace('"beat": "', f'"beat": "{next(beats)}'))  # noqa: E731
+    monkeypatch.setattr(drivers.time, "sleep", moved)
+    assert gc.collect(store, say=waits[1].append) == []
+    driver.__exit__(None, None, None)
+    assert waits[0] == waits[1] == ["at work on other hosts: 1; waiting for a sign of life, 90 s at most"]
+    assert next(beats) == 1
+
+
+def test_a_run_says_that_it_is_at_work_before_it_looks(written, monkeypatch):
+    store, other = written.store, with_other_values(finished(written))
+
+    class Seen(Exception): ...
+
+    def look(*_: object) -> bool:
+        assert [folder.name.rpartition("-")[0] for folder in store.drivers()] == [other.name]
+        raise Seen
+
+    monkeypatch.setattr(commands, "is_done", look)
+    with pytest.raises(Seen):
+        commands.run_experiment(other, store, None, False)
+    assert store.drivers() == []
 
 
 def test_an_artifact_that_is_taken_up_between_listing_and_removing_stays(written):

@@ -18,7 +18,7 @@ from store_toys import toy
 from synthetic_store import toy_cells
 
 from overfill.errors import UserError
-from pipeline import lease
+from pipeline import drivers, lease
 from pipeline.cli import main
 from pipeline.config import SweepConfig
 from pipeline.experiment import Experiment, keep_experiment
@@ -177,13 +177,36 @@ def test_who_builds_on_another_host_is_given_time_for_a_sign_of_life(
     key, beats = elsewhere(store), count()
     beat = lambda _: store.bucket.write(f"{key}/attempts/0001/beat.json", b'{"count": %d}' % next(beats))  # noqa: E731
     monkeypatch.setattr(gc.time, "sleep", beat)
-    assert "being built on other hosts: 1; waiting for a sign of life" in (listed := run(store, capsys))
+    assert "at work on other hosts: 1; waiting for a sign of life" in (listed := run(store, capsys))
     assert "--delete removes 0 items" in listed
     assert next(beats) == 1
 
 
+def test_what_a_living_driver_has_made_with_other_values_stays_and_what_a_killed_one_left_goes(
+    store: ObjectStore, cell: Cell, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(drivers, "WATCH_S", 0.02)
+    sweep = SweepConfig(axes={"prune": ({"hidden": 0.75, "intermediate": 0.75},)})
+    (other,) = toy_cells(ratios=(0.75,), methods=("overfill",))
+    experiment = Experiment(cell.config.model_copy(update={"sweep": sweep}), [other])
+    made = other.stage("prune")
+    assert made is not None
+    elsewhere = ObjectStore(store.location, ttl=0.1)
+    with drivers.at_work(experiment, store):
+        publish(store, made)
+        assert delete(elsewhere) == []
+        assert gc.collect(elsewhere, gc.experiment_versions(elsewhere))[1] == []
+    assert store.bucket.list(f"{drivers.DRIVERS}/") == {}
+    monkeypatch.setattr(store, "discard", lambda folder: None)
+    with drivers.at_work(experiment, store):
+        pass
+    (left,) = elsewhere.drivers()
+    assert sorted(delete(elsewhere)) == sorted([f"{elsewhere.key(left)}/", f"{store.key(store.folder(made))}/"])
+    assert elsewhere.drivers() == [] and places(elsewhere) == {}
+
+
 def test_a_silent_holder_on_another_host_is_found_dead(store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gc, "WATCH_S", 0.02)
+    monkeypatch.setattr(drivers, "WATCH_S", 0.02)
     waiter = ObjectStore(store.location, ttl=0.1)
     key = elsewhere(store)
     assert delete(waiter) == [f"{key}/"]
