@@ -21,8 +21,8 @@ from typing import Any
 
 from overfill.errors import UserError
 from pipeline.fingerprint import digest_file, remember_digest
-from pipeline.lease import BEAT, Heartbeat, LeaseLost, acquire, attempt_folder
-from pipeline.notes import read_note, time_of
+from pipeline.lease import BEAT, LEASE_FILE, Heartbeat, LeaseLost, acquire, attempt_folder
+from pipeline.notes import read_note, text_of, time_of
 from pipeline.record import (
     RECORD_FILE,
     FileEntry,
@@ -256,15 +256,18 @@ def outcome_of_dead(attempt: Path, facts: Facts) -> dict[str, Any]:
     """How an attempt ended that could not say so itself, from what it left."""
     begun = time_of(read_note(attempt / ATTEMPT_FILE), "started") or 0.0
     log_file = attempt / LOG_FILE
-    # Its log is the last trace of it: a lower bound of how long it ran.
-    last = log_file.stat().st_mtime if log_file.exists() else begun
+    # Its log is the last trace of it, by clocks that may have jumped; its heartbeats were counted.
+    seconds = max(log_file.stat().st_mtime - begun, 0.0) if log_file.exists() else 0.0
+    beats = text_of(read_note(attempt / LEASE_FILE), "beat")
+    if beats.isdecimal():
+        seconds = min(max(seconds, int(beats) * BEAT), (int(beats) + 1) * BEAT)
     return {
         "status": "interrupted",
         "error": facts.error,
         "log": str(log_file),
         "started": begun,
-        "ended": last,
-        "seconds": max(last - begun, 0.0),
+        "ended": begun + seconds,
+        "seconds": seconds,
     }
 
 

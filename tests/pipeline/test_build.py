@@ -269,11 +269,29 @@ def test_what_a_dead_attempt_left_is_cleared_and_written_down(store: Store):
         "error": "it ended without a word",
         "log": str(dead.log_path),
         "started": dead.started,
-        "ended": dead.log_path.stat().st_mtime,
+        "ended": pytest.approx(dead.log_path.stat().st_mtime, abs=0.001),
         "seconds": pytest.approx(0.0, abs=5.0),
     }
     assert [path.name for path in build.folder.glob("staging-*")] == ["staging-0002"]
     build.release()
+
+
+@pytest.mark.parametrize(
+    ("log_at", "seconds"), [(17.0, 17.0), (86_400.0, 20.0), (-86_400.0, 15.0)], ids=["steady", "forward", "back"]
+)
+def test_a_clock_that_jumps_does_not_lengthen_or_shorten_what_a_dead_attempt_took(
+    store: Store, log_at: float, seconds: float
+):
+    dead = begin(store)
+    dead.log_path.touch()
+    os.utime(dead.log_path, (dead.started + log_at, dead.started + log_at))
+    dead.lease.release()  # as if the process were gone: no outcome
+    file = dead.lease.folder / "lease.json"
+    write_json(file, (read_json(file) or {}) | {"beat": f"{3:012d}"})
+    build = begin(store)
+    assert build.publish({}).seconds_all_attempts == pytest.approx(seconds, abs=1.0)
+    build.release()
+    assert outcome(dead)["ended"] == pytest.approx(dead.started + seconds, abs=1.0)
 
 
 def test_step_checkpoints_are_removed_after_publishing_and_curves_stay(store: Store, build: Build):
