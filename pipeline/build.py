@@ -86,6 +86,9 @@ class Build:
         if lease is None:
             return None
         try:
+            if store.create(stage) != folder:  # anew: until there was a lease, it may have been removed as garbage
+                lease.release()
+                return None
             if facts.attempt:
                 _close_dead(attempt_folder(folder / "attempts", facts.attempt), facts)
             for leftover in folder.glob("staging-*"):

@@ -17,7 +17,7 @@ from store_toys import toy
 from synthetic_store import SyntheticStore, toy_cells
 
 from overfill.errors import UserError
-from pipeline import commands, drivers, gc, lease
+from pipeline import build, commands, drivers, gc, lease
 from pipeline.cli import main
 from pipeline.drivers import at_work
 from pipeline.experiment import Experiment, keep_experiment
@@ -223,6 +223,21 @@ def test_an_artifact_that_is_taken_up_between_listing_and_removing_stays(written
     assert lease.held()
     lease.release()
     assert [one.path for one in gc.remove(store, found, before)] == [folder]
+
+
+def test_a_folder_that_goes_between_its_making_and_the_lease_of_its_builder_is_made_again(written, monkeypatch):
+    store, stage = written.store, toy(layers=3)
+    finished(written)
+
+    def later(attempts: Path, after: int, beat: float) -> lease.Lease | None:
+        assert [one.path for one in delete(store)] == [attempts.parent]
+        return acquire(attempts, after, beat)
+
+    monkeypatch.setattr(build, "acquire", later)
+    building = written.begin(stage)
+    assert (building.folder / "identity.json").exists() and building.progress.is_dir()
+    assert gc.collect(store) == []
+    building.release()
 
 
 def test_a_driver_that_starts_while_an_artifact_is_removed_never_sees_a_half_of_it(written, monkeypatch):
