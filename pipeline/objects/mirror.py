@@ -179,7 +179,7 @@ class Mirror:
 
     def _update(self, folder: str, local: Path, wanted: Listing, looked: float) -> bool:
         """Whether it was done: another process of this node may have looked later, and its look stays."""
-        versions: dict[str, Any] = _readable(local / _VERSIONS)
+        versions: dict[str, Any] = readable(local / _VERSIONS)
         host, last = versions.pop("", [None, 0.0])
         if host == host_key() and last > looked:
             return False
@@ -276,7 +276,7 @@ class Mirror:
             raise
         (fresh / RECORD_FILE).write_bytes(raw)
         fresh.rename(payload)
-        verified = {name: _stamp(payload / name) for name in record.files}
+        verified = {name: stamp(payload / name) for name in record.files}
         write_json(payload.with_name(_VERIFIED), verified)
         _is_copy(payload, raw, record)
 
@@ -310,7 +310,8 @@ def _remove(path: Path, top: Path) -> None:
         folder.rmdir()
 
 
-def _readable(path: Path) -> dict[str, Any]:
+def readable(path: Path) -> dict[str, Any]:
+    """A note of this node's own; empty when it is not there or damaged."""
     try:
         return read_json(path) or {}
     except ValueError:
@@ -328,8 +329,8 @@ def _is_copy(payload: Path, raw: bytes, record: Record) -> bool:
     try:
         if (payload / RECORD_FILE).read_bytes() != raw:
             return False
-        verified = _readable(payload.with_name(_VERIFIED))
-        if any(_stamp(payload / name) != verified.get(name) for name in record.files):
+        verified = readable(payload.with_name(_VERIFIED))
+        if any(stamp(payload / name) != verified.get(name) for name in record.files):
             return False
     except OSError:
         return False
@@ -338,7 +339,8 @@ def _is_copy(payload: Path, raw: bytes, record: Record) -> bool:
     return True
 
 
-def _stamp(path: Path) -> list[int]:
+def stamp(path: Path) -> list[int]:
+    """What changes when somebody writes to a file."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ino]
 

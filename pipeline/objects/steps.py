@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overfill.errors import UserError
-from pipeline.objects.mirror import Mirror, fetch_all, locked
+from pipeline.objects.mirror import Mirror, fetch_all, locked, readable, stamp
 from pipeline.objects.site import Courier, ObjectSite
+from pipeline.record import write_json
 from pipeline.stage import Site
 from pipeline.training.checkpoints import MARKER, StepFolders, mark_complete, outdated, step_of, why_incomplete
 
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 STEPS = ".steps"
 """In a node's copy: step checkpoints that it goes on from."""
+_VERIFIED = ".verified.json"
+"""In such a copy: its files as they were when they had been compared with their digests."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ class ObjectSteps(StepFolders):
         there = self._there()
         self.known.update(there)
         for name, files in sorted(there.items(), reverse=True):
-            why = self._brought(name) if MARKER in files else f"{MARKER} is missing"
+            if name in self.skipped:
+                continue  # another node could not have it
+            why = self.bring(name) if MARKER in files else f"{MARKER} is missing"
             if why is None:
                 return name
             self.skipped.add(name)
@@ -79,7 +84,7 @@ class ObjectSteps(StepFolders):
 
     def open(self, name: str) -> Path:
         """Folder of a checkpoint on this node, fetched once. Raises UserError when it does not arrive whole."""
-        why = self._brought(name)
+        why = self.bring(name)
         if why is not None:
             raise UserError(
                 f"{self.site.bucket.url}/{self.prefix}{name}: this step checkpoint is damaged ({why}); run again"
@@ -97,22 +102,29 @@ class ObjectSteps(StepFolders):
     def _local(self, name: str) -> Path:
         return Mirror(self.site.bucket).root / STEPS / self.root.name / name
 
-    def _brought(self, name: str) -> str | None:
-        """Bring a checkpoint to this node, unless it is there; what is wrong with it, None when it is complete."""
+    def bring(self, name: str) -> str | None:
+        """Bring a checkpoint to this node, unless it is there as it was verified; None, or what is wrong with it."""
         local = self._local(name)
         local.parent.mkdir(parents=True, exist_ok=True)
         with locked(local.with_name(f".{name}.lock")):
-            if local.is_dir():
-                return None  # renamed when it was verified
+            if local.is_dir() and readable(local / _VERIFIED) == _stamps(local):
+                return None
             fresh = local.with_name(f".{name}.fetching")
-            shutil.rmtree(fresh, ignore_errors=True)
+            for leftover in (local, fresh):
+                shutil.rmtree(leftover, ignore_errors=True)
             try:
                 fetch_all(self.site.bucket, f"{self.prefix}{name}/", fresh)
             except FileNotFoundError as error:
                 return f"{Path(str(error.filename)).name} was removed meanwhile"
             why = why_incomplete(fresh)
             if why is None:
+                write_json(fresh / _VERIFIED, _stamps(fresh))
                 fresh.rename(local)
             else:
                 shutil.rmtree(fresh)
             return why
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """Of all files that were fetched."""
+    return {file.name: stamp(file) for file in folder.iterdir() if file.name != _VERIFIED}

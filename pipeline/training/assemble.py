@@ -132,13 +132,21 @@ def _engine_settings(config: TrainingConfig, resources: StageResources, plan: St
 
 
 def _newest_checkpoint(steps: StepFolders, place: Place) -> Path | None:
-    """Where to go on from, chosen by rank 0 for all."""
+    """Where to go on from, chosen by rank 0 for all: the newest that every worker has whole. A collective."""
 
     def torn(name: str, reason: str) -> None:
         log.warning("step checkpoint %s is not complete (%s): it is skipped", name, reason)
 
-    found = place.from_first(steps.newest(torn) if place.first else None)
-    return None if found is None else steps.open(found)
+    while True:
+        found = place.from_first(steps.newest(torn) if place.first else None)
+        if found is None:
+            return None
+        why = steps.bring(found)
+        if why is not None:
+            torn(found, why)
+        if place.every(why is None):
+            return steps.open(found)
+        steps.skipped.add(found)
 
 
 def _result(outcome: Outcome, seconds: float) -> dict[str, Any]:

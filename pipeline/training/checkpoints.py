@@ -183,6 +183,9 @@ class StepFolders:
         found = newest_complete(self.root, torn)
         return None if found is None else found.name
 
+    def bring(self, name: str) -> str | None:
+        """Have a checkpoint on this node; None, or why it cannot be had."""
+
     def open(self, name: str) -> Path:
         """Folder of a checkpoint on this node."""
         return self.root / name

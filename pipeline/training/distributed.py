@@ -50,6 +50,10 @@ class Place:
         dist.broadcast(box, src=0)
         return int(box.item())
 
+    def every(self, value: bool) -> bool:
+        """Whether every worker has passed True."""
+        return int(self.sum(torch.tensor([not value], dtype=torch.int32, device=self.device)).item()) == 0
+
     def barrier(self) -> None:
         """Wait for every worker."""
         if self.workers > 1:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from store_toys import toy
 
 from overfill.errors import UserError
@@ -16,7 +21,9 @@ from pipeline.objects.site import Courier
 from pipeline.objects.steps import ObjectSteps
 from pipeline.objects.store import ObjectStore
 from pipeline.stage import StageRun
+from pipeline.training.assemble import _newest_checkpoint
 from pipeline.training.checkpoints import MARKER, Position, new_name, read_position, write_manifest, write_position
+from pipeline.training.distributed import Place
 
 STAGE = toy("distill", does="steps")
 RANKS = 2
@@ -142,6 +149,60 @@ def test_who_has_lost_the_lease_removes_nothing_of_what_its_successor_writes(bui
     ahead = write(build, 15, keep=1, first=lost)
     there = {key.split("/")[4] for key in build.store.bucket.list(f"{build.key}/progress/{STAGE.identity}/")}
     assert there == {being_written, ahead}
+
+
+def test_a_nodes_copy_that_was_written_to_is_fetched_again(build: ObjectBuild):
+    name = write(build, 5)
+    copy = steps(build, "another").open(name) / "rank-00001.safetensors"
+    whole = copy.read_bytes()
+    copy.write_bytes(b"\x02" * len(whole))
+    assert newest(build) == (name, {})
+    assert copy.read_bytes() == whole
+    copy.unlink()
+    steps(build, "another").open(name)
+    assert copy.read_bytes() == whole
+
+
+class TwoPlaces:
+    """Two ranks, each in a thread of its own, and what they tell each other."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(RANKS, timeout=10)
+        self.said: list[Any] = [None] * RANKS
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.said[rank] = value
+        self.barrier.wait()
+        said = list(self.said)
+        self.barrier.wait()
+        return said
+
+    def of(self, rank: int) -> Place:
+        return TwoPlaces.One(rank, RANKS, torch.device("cpu"), self)
+
+    @dataclass(frozen=True)
+    class One(Place):
+        all: TwoPlaces
+
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            return torch.stack(self.all.exchange(self.rank, tensor)).sum(0)
+
+        def from_first(self, value: Any) -> Any:
+            return self.all.exchange(self.rank, value)[0]
+
+
+def test_what_another_node_cannot_have_whole_no_rank_goes_on_from(build: ObjectBuild, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ObjectSteps, "_local", lambda self, name: self.root.parent / "copies" / name)
+    whole, damaged = write(build, 5), write(build, 10)
+    ranks = [steps(build, f"node-{rank}") for rank in range(RANKS)]
+    assert ranks[0].newest(lambda name, why: None) == damaged, "and has it on its node, from before it was damaged"
+    build.store.bucket.write(f"{build.key}/progress/{STAGE.identity}/{damaged}/rank-00001.safetensors", b"\x02" * 11)
+    places = TwoPlaces()
+    with ThreadPoolExecutor(RANKS) as pool:
+        found = pool.map(lambda rank: _newest_checkpoint(ranks[rank], places.of(rank)), range(RANKS))
+        assert [folder and folder.name for folder in found] == [whole] * RANKS
+    new = write(build, 7, first=ranks[0])
+    assert newest(build) == (new, {}), "the damaged one is removed"
 
 
 def test_publishing_removes_them_and_keeps_the_curve(build: ObjectBuild):
