@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from overfill.errors import UserError
 from pipeline.watch import CellView, Snapshot, StageView, Watch
 
 if TYPE_CHECKING:
@@ -88,7 +89,13 @@ class Progress:
         while not last:
             last = self._end.wait(pause)
             begun = time.monotonic()
-            now = self._watch.snapshot()
+            try:
+                now = self._watch.snapshot()
+            except (OSError, UserError) as error:  # a file server, or one artifact, that cannot be read at the moment
+                log.debug("the store cannot be looked at: %s", error)
+                self._looked.set()
+                pause = INTERVAL_S
+                continue
             for line in events(self._before, now):
                 self._console.print(line, soft_wrap=True)
             if live is not None:

@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 from synthetic_store import SyntheticStore, toy_cells
 
+from overfill.errors import UserError
 from pipeline.build import Build
 from pipeline.progress import Progress, count, duration, events, live_view, print_status, quiet_lines
 from pipeline.stage import Stage
 from pipeline.sweep import Cell
-from pipeline.watch import snapshot
+from pipeline.watch import Snapshot, Watch, snapshot
 
 
 @pytest.fixture
@@ -164,13 +165,33 @@ def test_the_thread_reports_what_happens_between_entering_and_leaving(
     assert shown.count("done        prune") == 1
 
 
+@pytest.mark.parametrize("error", [OSError("the file server is away"), UserError("record.json: cannot be read")])
+def test_a_look_that_fails_is_made_again(
+    synthetic: SyntheticStore, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    cells, snapshots = toy_cells(), Watch.snapshot
+    failures = [error]
+
+    def look(watch: Watch) -> Snapshot:
+        if failures:
+            raise failures.pop()
+        return snapshots(watch)
+
+    monkeypatch.setattr(Watch, "snapshot", look)
+    monkeypatch.setattr("pipeline.progress.INTERVAL_S", 0.01)
+    with Progress(synthetic.store, cells, console) as progress:
+        pass
+    assert progress.waiting() == len(cells)
+
+
 def test_a_display_that_breaks_does_not_take_the_run_with_it(
     synthetic: SyntheticStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cells = toy_cells()
 
     def broken(*_: object) -> None:
-        raise OSError("the store is away")
+        raise RuntimeError("a defect")
 
     monkeypatch.setattr("pipeline.watch.Watch.snapshot", broken)
     with Progress(synthetic.store, cells, Console(file=io.StringIO())):
