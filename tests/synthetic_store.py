@@ -71,9 +71,10 @@ class SyntheticStore:
             with (folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
 
-    def publish(self, stage: Stage, cell: Cell, correct: np.ndarray | None = None) -> None:
-        """Finish one stage of a cell; `correct` [samples] are an evaluation's outcomes."""
-        if self.store.record(stage) is not None:
+    def publish(self, stage: Stage, cell: Cell, correct: np.ndarray | None = None, anew: bool = False) -> None:
+        """Finish one stage of a cell; `correct` [samples] are an evaluation's outcomes. `anew`: in place of one that was
+        altered."""
+        if not anew and self.store.record(stage) is not None:
             return
         build = self.begin(stage)
         metrics = _write(stage, cell, build.staging, np.ones(SAMPLES, bool) if correct is None else correct)

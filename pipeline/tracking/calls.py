@@ -25,6 +25,9 @@ class Known:
     steps: dict[str, int] = field(default_factory=dict)
     """Metric -> its highest step."""
     parameters: set[str] = field(default_factory=set)
+    values: dict[str, float] = field(default_factory=dict)
+    """Metric -> its value at that step."""
+    tags: set[str] = field(default_factory=set)
 
 
 class Server(Protocol):

@@ -34,6 +34,8 @@ NOTED = (
     ("shape/parameters_kept", "parameters kept", 100.0, "%"),
 )
 """Results in a cell's description: metric, words, factor, unit."""
+SUPERSEDED_TAG = "superseded"
+"""Metrics of a run whose newest values are only in its description and in `result.json`."""
 TEXT_LIMIT = 7500
 """MLflow cuts tags at 8,000 characters."""
 LABEL_LIMIT = 120
@@ -135,11 +137,23 @@ def _note(view: CellView, body: str) -> str:
     return f"**{view.cell.label}** ({view.state})\n\n{body}\n\n{folders}"[:TEXT_LIMIT]
 
 
-def result_note(view: CellView, results: Sequence[Value]) -> str:
-    """A finished cell's description: its results as a table, then where its artifacts lie."""
+def superseded(results: Sequence[Value], logged: Mapping[str, int], values: Mapping[str, float]) -> list[str]:
+    """Metrics of which the run has another value (at step `logged`): their artifact was built anew since.
+
+    They are not logged again. Another value for the same step is not what a history is, and at a next one the UI would
+    draw curves instead of bars; so the run is marked."""
+    behind = (value for value in results if value.step <= logged.get(value.key, -1))
+    return sorted(v.key for v in behind if not math.isclose(v.value, values.get(v.key, v.value), rel_tol=1e-9))
+
+
+def result_note(view: CellView, results: Sequence[Value], behind: Sequence[str]) -> str:
+    """A finished cell's description: its results as a table, which metrics of the run are `behind` them, then where its
+    artifacts lie."""
     found = {value.key: value.value for value in results}
     lines = [f"| {words} | {found[key] * scale:.4g} {unit} |" for key, words, scale, unit in NOTED if key in found]
-    return _note(view, "\n".join(["| | |", "| :--- | ---: |", *lines]))
+    table = "\n".join(["| | |", "| :--- | ---: |", *lines])
+    why = "\n\nBuilt anew since they were logged; the run's metrics have the earlier values: "
+    return _note(view, table + why + ", ".join(behind) if behind else table)
 
 
 def report_note(run: str, report: str) -> str:

@@ -92,10 +92,11 @@ class MlflowServer:
         return self._client.create_run(self._experiment, begun, {**tags, **nested}, name).info.run_id
 
     def known(self, run: str) -> Known:
-        """Highest step of every metric, and the names of the parameters."""
+        """Highest step and last value of every metric, and the names of parameters and tags."""
         data = self._client.get_run(run).data
         history = {name: self._client.get_metric_history(run, name) for name in data.metrics}
-        return Known({name: max(metric.step for metric in found) for name, found in history.items()}, set(data.params))
+        steps = {name: max(metric.step for metric in found) for name, found in history.items()}
+        return Known(steps, set(data.params), dict(data.metrics), set(data.tags))
 
     def send(self, run: str, values: Sequence[Value], parameters: dict[str, Any], tags: dict[str, str]) -> None:
         """Log, `BATCH` values at a time and by rising step, so that a kill in between leaves no holes."""

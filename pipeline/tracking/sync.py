@@ -19,6 +19,8 @@ from pipeline.fingerprint import fingerprint
 from pipeline.tracking.calls import KEY_TAG, Known, Refused, Server
 from pipeline.tracking.content import (
     CELL_STAGE,
+    SUPERSEDED_TAG,
+    TEXT_LIMIT,
     RunStatus,
     Value,
     curve_values,
@@ -30,6 +32,7 @@ from pipeline.tracking.content import (
     result_note,
     shared_prefix,
     start_time,
+    superseded,
     tags,
     wanted_status,
 )
@@ -193,7 +196,10 @@ class Sync:
             files["config.yaml"] = _config_yaml(view)  # again, in case it did not arrive at the start
         if status == "FINISHED":
             finals, results = self._results(view)
-            described |= {"mlflow.note.content": result_note(view, finals)}
+            behind = superseded(finals, known.steps, known.values)
+            described |= {"mlflow.note.content": result_note(view, finals, behind)}
+            if behind or SUPERSEDED_TAG in known.tags:
+                described |= {SUPERSEDED_TAG: ", ".join(behind)[:TEXT_LIMIT]}
             files |= results
             values += [value for value in finals if value.step > known.steps.get(value.key, -1)]
         told = {name: value for name, value in parameters(view.cell).items() if name not in known.parameters}
@@ -328,8 +334,10 @@ class Sync:
         sent |= described
         if known := self._known.get(run):
             known.parameters |= told.keys()
+            known.tags |= described.keys()
             for value in values:
-                known.steps[value.key] = max(value.step, known.steps.get(value.key, -1))
+                if value.step >= known.steps.get(value.key, -1):
+                    known.steps[value.key], known.values[value.key] = value.step, value.value
         return True
 
     def _upload(self, server: Server, run: str, files: dict[str, str | Path]) -> bool:

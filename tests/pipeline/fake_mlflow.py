@@ -58,7 +58,9 @@ class FakeServer:
     def known(self, run: str) -> Known:
         self._answer()
         found = self.runs[run]
-        return Known({key: step for key, step, _ in sorted(found.history)}, set(found.parameters))
+        points = sorted(found.history)
+        values = {key: value for key, _, value in points}
+        return Known({key: step for key, step, _ in points}, set(found.parameters), values, set(found.tags))
 
     def send(self, run: str, values: Sequence[Value], parameters: dict[str, Any], tags: dict[str, str]) -> None:
         self._answer()

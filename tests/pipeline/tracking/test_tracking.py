@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_mlflow import FakeServer, new_sync, push, taken
-from synthetic_store import SyntheticStore, outcomes, toy_cells
+from synthetic_store import TPOT, SyntheticStore, outcomes, toy_cells
 
 from overfill.errors import UserError
 from pipeline.commands import serve_ui
@@ -152,6 +152,31 @@ def test_a_finished_sweep_is_recognised_without_the_server(synthetic: SyntheticS
     assert again.up_to_date(again.snapshot())
     changed = new_sync(synthetic, toy_cells(methods=("overfill", "pruned", "scratch")))
     assert not changed.up_to_date(changed.snapshot())
+
+
+def test_a_run_says_which_results_were_built_anew_with_other_values_and_no_longer_once_they_agree_again(
+    synthetic: SyntheticStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,), server = toy_cells(methods=("overfill",)), FakeServer()
+    benchmark = cell.stage("benchmark")
+    assert benchmark is not None
+    synthetic.finish(cell)
+    push(new_sync(synthetic, [cell]), server, final=True)
+    run = server.run(cell)
+    assert "superseded" not in run.tags
+    for tpot, changed in ((0.002, True), (0.002, True), (TPOT["overfill"], False)):
+        monkeypatch.setitem(TPOT, "overfill", tpot)
+        path = synthetic.store.payload(benchmark) / "latency.json"
+        path.write_bytes(path.read_bytes() + b" ")  # altered, so that it is built anew
+        synthetic.publish(benchmark, cell, anew=True)
+        push(new_sync(synthetic, [cell]), server, final=True)
+        assert [step for key, step, _ in run.history if key == "latency/tpot_s"] == [0]
+        assert json.loads(str(run.files["result.json"]))[0]["tpot_s"] == tpot
+        assert ("latency/tpot_s" in run.tags["superseded"].split(", ")) is changed
+        assert "eval/exact_match" not in run.tags["superseded"]
+        assert ("Built anew" in run.tags["mlflow.note.content"]) is changed
+        assert run.status == "FINISHED"
+    assert run.tags["superseded"] == ""
 
 
 @pytest.mark.parametrize("deleted", [False, True])
