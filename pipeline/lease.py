@@ -79,8 +79,18 @@ class Owner:
         start = process_start(self.pid)
         return None not in (start, self.started) and start != self.started
 
+    def is_of_another_start(self) -> bool:
+        """Whether it is of a machine of this one's name, started at another time: this one, or one that is called alike."""
+        there, here = self.host.split("/"), host_key().split("/")
+        return there[0] == here[0] and len(there) == len(here) == 3 and there[1] != here[1]
+
+    @property
+    def name(self) -> str:
+        """Name of the machine, for people."""
+        return self.host.partition("/")[0]
+
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host.partition('/')[0]}"
+        return f"process {self.pid} on {self.name}"
 
 
 @lru_cache(maxsize=1)

@@ -42,6 +42,8 @@ STYLES = {
     "waiting": "dim",
     "missing": "dim",
 }
+SILENT = "silent"
+"""In place of `running`, where whoever builds a stage seems to be dead."""
 NOTHING = "–"
 
 
@@ -232,6 +234,8 @@ def print_status(name: str, now: Snapshot, console: Console) -> None:
 def _status_row(view: CellView, now: Snapshot) -> list[Text | str]:
     stage = view.current
     state = Text(view.state, style=STYLES[view.state])
+    if stage is not None and stage.silent:
+        state = Text(SILENT, style=STYLES["interrupted"])
     if stage is None or view.state == "done":
         return [Text(view.cell.label), state, "", "", "", ""]
     loss = stage.metrics.get("train/loss")
@@ -245,7 +249,9 @@ def _stage_table(stages: Sequence[StageView], now: Snapshot) -> Table:
         table.add_column(column, justify="right" if column in ("step", "since") else "left")
     for stage in stages:
         steps = f"{stage.step}/{stage.steps}" if stage.steps else ""
-        state = Text(stage.state, style=STYLES[stage.state])
+        state = (
+            Text(SILENT, style=STYLES["interrupted"]) if stage.silent else Text(stage.state, style=STYLES[stage.state])
+        )
         table.add_row(stage.name, Text(title(stage, now)), state, steps, since(stage, now), stage.where)
     return table
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.difference import Nearest
+from pipeline.lease import TTL
 from pipeline.stage import Stage, sinks, topological
 
 Outcome = Literal["done", "failed", "stopped", "interrupted"]
@@ -38,6 +39,8 @@ class Facts:
     """Whether somebody is building it."""
     holder: str = ""
     """Who holds the lease, or held it: `process 12 on host`."""
+    silent: bool = False
+    """Whether a held lease looks like that of a killed process; for people alone: only waiting can tell."""
     attempt: int = 0
     """Number of the newest attempt; 0 for none."""
     outcome: Outcome | None = None
@@ -161,6 +164,9 @@ def _decide(
 ) -> Action:
     if facts.artifact == "ok":
         return Reuse(stage, "its artifact is there")
+    if facts.lease == "held" and facts.silent:
+        end = f"it is taken over after {TTL:.0f} s without a sign of life"
+        return Wait(stage, f"{facts.holder} was building it (attempt {facts.attempt}); {end}")
     if facts.lease == "held":
         return Wait(stage, f"{facts.holder} is building it (attempt {facts.attempt})")
     if facts.outcome == "failed" and before is not None and facts.attempt > before.get(stage.identity, 0):

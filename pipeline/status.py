@@ -27,6 +27,8 @@ class Status:
     """Number of the newest attempt."""
     where: str = ""
     """Who builds it, of a running stage: `process 12 on host`."""
+    silent: bool = False
+    """Of a running stage: whether whoever builds it seems to be dead."""
     error: str = ""
     """Cause of a failure, one line."""
     log: Path | None = None

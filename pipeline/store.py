@@ -309,6 +309,7 @@ class Store:
             problem=problem,
             lease=seen.state,
             holder=_holder(seen),
+            silent=_is_silent(seen),
             attempt=seen.attempt,
             outcome="interrupted" if died else outcome,
             error=(seen.why or "it ended without a word") if died else text_of(note, "error"),
@@ -342,6 +343,7 @@ class Store:
             folder=self.folder(stage),
             attempt=facts.attempt,
             where=facts.holder if state == "running" else "",
+            silent=facts.silent and state == "running",
             error=facts.error if state in ("failed", "interrupted") else facts.problem,
             log=Path(facts.log) if facts.log else None,
             checkpoint=facts.checkpoint,
@@ -374,7 +376,15 @@ def _common(one: str, other: str) -> int:
     return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
 
 
+def _is_silent(seen: Sighting) -> bool:
+    return seen.state == "held" and seen.silent > TTL
+
+
 def _holder(seen: Sighting) -> str:
-    """Who builds, in words; a silence is mentioned, though only waiting can tell that the holder is dead."""
-    silence = f" (silent for {seen.silent / 60:.0f} min)" if seen.state == "held" and seen.silent > TTL else ""
-    return f"{seen.owner or 'another process'}{silence}"
+    """Who builds, in words; a silence is mentioned, though only waiting can tell that the holder is dead.
+
+    Nor is it known after a restart of this machine, for another one may have the same name."""
+    if not _is_silent(seen):
+        return str(seen.owner or "another process")
+    restarted = f", of another start of {seen.owner.name}" if seen.owner and seen.owner.is_of_another_start() else ""
+    return f"{seen.owner or 'another process'} (silent for {seen.silent / 60:.0f} min{restarted})"

@@ -49,6 +49,8 @@ class StageView:
     """When the newest attempt began."""
     where: str = ""
     """Who builds it, of a running stage: `process 12 on host`."""
+    silent: bool = False
+    """Of a running stage: whether whoever builds it seems to be dead."""
     step: int = 0
     steps: int = 0
     """Steps of the whole stage; 0 for a stage that counts none, or has not logged one yet."""
@@ -224,6 +226,7 @@ def _view(status: Status, curve: Curve) -> StageView:
         since=since,
         started=started,
         where=status.where,
+        silent=status.silent,
         step=step,
         steps=steps,
         metrics=dict(curve.latest_metrics),

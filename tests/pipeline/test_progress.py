@@ -114,6 +114,20 @@ def test_the_status_table_has_a_row_per_cell_and_the_log_of_each_failure(synthet
     assert str(attempt.log_path) in lines[-1]
 
 
+def test_a_stage_whose_builder_seems_to_be_dead_is_silent_and_not_running(synthetic: SyntheticStore) -> None:
+    cells = toy_cells(methods=("overfill",))
+    attempt = synthetic.begin(distill(cells[0]))
+    lease = attempt.lease.folder / "lease.json"
+    lease.write_text(lease.read_text().replace(attempt.lease.owner.host, "elsewhere/1/2"))
+    os.utime(lease, (1.0, 1.0))
+    console = Console(width=160, file=io.StringIO(), force_terminal=False)
+    print_status("toy", snapshot(synthetic.store, cells), console)
+    attempt.release()
+    rows = [line for line in console.file.getvalue().splitlines() if "small · 0.5" in line]  # type: ignore[attr-defined]
+    assert [" silent " in row for row in rows] == [True, True]
+    assert not any(" running " in row for row in rows)
+
+
 def test_status_says_of_every_open_stage_where_it_runs_since_when_and_why_it_does_not(
     synthetic: SyntheticStore,
 ) -> None:

@@ -45,6 +45,17 @@ def test_a_target_in_another_process_hands_needs_none_of_its_inputs_from_us():
     assert decide({EVALUATE: HELD}) == [Wait(EVALUATE, "process 12 on host is building it (attempt 2)")]
 
 
+def test_a_plan_says_when_a_builder_that_seems_to_be_dead_is_replaced():
+    facts = Facts(lease="held", holder="process 12 on host (silent for 60 min)", attempt=2, silent=True)
+    assert decide({EVALUATE: facts}) == [
+        Wait(
+            EVALUATE,
+            "process 12 on host (silent for 60 min) was building it (attempt 2); "
+            "it is taken over after 90 s without a sign of life",
+        )
+    ]
+
+
 def test_what_depends_on_another_process_work_waits_for_it_by_name():
     assert decide({TEACHER: HELD}) == [
         Wait(TEACHER, "process 12 on host is building it (attempt 2)"),

@@ -394,6 +394,22 @@ def test_a_silent_builder_on_another_host_is_running_with_a_remark(store: Store)
     build.release()
 
 
+def test_a_silent_builder_of_another_start_of_this_machine_is_told_but_may_be_one_of_its_name(store: Store):
+    stage = toy(layers=2)
+    build = Build.begin(store, stage, Facts(), beat=3600.0)
+    assert build is not None
+    name, _, space = build.lease.owner.host.split("/")
+    lease = build.lease.folder / "lease.json"
+    lease.write_text(lease.read_text().replace(build.lease.owner.host, f"{name}/deadbeef/{space}"))
+    assert store.status(stage).where == f"process {os.getpid()} on {name}"
+    assert not store.status(stage).silent
+    os.utime(lease, (time.time() - 7200, time.time() - 7200))
+    status = store.status(stage)
+    assert status.silent
+    assert status.where == f"process {os.getpid()} on {name} (silent for 120 min, of another start of {name})"
+    build.release()
+
+
 def test_what_waits_for_a_running_input_is_waiting_however_far_upstream_it_is(store: Store):
     teacher, distill, evaluate = chain()
     assert store.status(evaluate).state == "missing"
