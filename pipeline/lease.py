@@ -307,6 +307,11 @@ class Sighting:
     silent: float = 0.0
     """Of a held lease: seconds since its last heartbeat by the file's time, for people alone, as clocks differ."""
 
+    @property
+    def seems_dead(self) -> bool:
+        """Whether a held lease is silent for longer than a living holder is; for people alone, too."""
+        return self.state == "held" and self.silent > TTL
+
 
 class Watch:
     """A waiter's view of one artifact's lease; look again and again, and a silent holder is found dead."""

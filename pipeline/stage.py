@@ -10,6 +10,7 @@ A stage's function is called with a `StageRun`: it writes the payload to `stagin
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib
 import json
@@ -31,6 +32,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.+=,-]+")
 _LABEL_LENGTH = 80
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of a file system that has no locks."""
 
 Metrics = Mapping[str, float | int | str]
 
@@ -283,16 +286,25 @@ def append_line(path: Path, text: str) -> None:
     """Append `text` as a line of its own, whole beside those of other writers.
 
     The lock (released by the system when a holder dies) keeps writers apart: a write that crosses a page of the file
-    grows it page by page, so that another's look at the last byte would take it for a killed writer's half line.
+    grows it page by page, so that another's look at the last byte would take it for a killed writer's half line. Where
+    the file system has no locks, a lease already says that there is one writer.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         _append(descriptor, size, f"{chr(10) if torn else ''}{text}\n".encode())
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def _append(descriptor: int, size: int, data: bytes) -> None:

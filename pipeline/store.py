@@ -41,7 +41,7 @@ from pipeline.lease import TTL, Heartbeat, Sighting, Watch, acquire, attempt_fol
 from pipeline.notes import read_note, text_of
 from pipeline.record import RECORD_FILE, Record, write_json
 from pipeline.resume import Facts, Outcome
-from pipeline.stage import Site, Stage
+from pipeline.stage import NO_LOCKS, Site, Stage
 from pipeline.status import State, Status
 from pipeline.stop import STOP_FILE, StopFile, StopFlag
 from pipeline.whole import IDENTITY_FILE, AlteredArtifact, checked
@@ -135,7 +135,9 @@ class Store:
         """After a file of a sweep's own folder was written: nothing to do, since this is where it stays."""
 
     def alone(self, folder: Path) -> ExitStack | None:
-        """A lock on a sweep's own folder, to be closed; None while another process has it. It ends with its process."""
+        """A lock on a sweep's own folder, to be closed; None while another process has it. It ends with its process.
+
+        Where the file system has no locks (Lustre, unless it is mounted with -o flock), a lease is as good."""
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stream = stack.enter_context((folder / "mlflow.lock").open("w"))
@@ -143,6 +145,15 @@ class Store:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                place = folder / "writer"
+                seen = self.sighting(place)
+                lease = None if seen.state == "held" else self.lease(place, seen.attempt)
+                if lease is None:
+                    return None
+                stack.enter_context(lease)
             return stack.pop_all()
 
     def drivers(self) -> list[Path]:
@@ -309,7 +320,7 @@ class Store:
             problem=problem,
             lease=seen.state,
             holder=_holder(seen),
-            silent=_is_silent(seen),
+            silent=seen.seems_dead,
             attempt=seen.attempt,
             outcome="interrupted" if died else outcome,
             error=(seen.why or "it ended without a word") if died else text_of(note, "error"),
@@ -376,15 +387,11 @@ def _common(one: str, other: str) -> int:
     return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
 
 
-def _is_silent(seen: Sighting) -> bool:
-    return seen.state == "held" and seen.silent > TTL
-
-
 def _holder(seen: Sighting) -> str:
     """Who builds, in words; a silence is mentioned, though only waiting can tell that the holder is dead.
 
     Nor is it known after a restart of this machine, for another one may have the same name."""
-    if not _is_silent(seen):
+    if not seen.seems_dead:
         return str(seen.owner or "another process")
     restarted = f", of another start of {seen.owner.name}" if seen.owner and seen.owner.is_of_another_start() else ""
     return f"{seen.owner or 'another process'} (silent for {seen.silent / 60:.0f} min{restarted})"

@@ -20,7 +20,7 @@ from pipeline.lease import Sighting
 from pipeline.record import Record, write_text
 from pipeline.resume import Facts, Reuse, plan
 from pipeline.runner import RunContext, StageFailed, run_graph
-from pipeline.stage import External
+from pipeline.stage import External, append_line
 from pipeline.store import AlteredArtifact, Store
 from pipeline.whole import verify_model
 
@@ -62,6 +62,24 @@ def test_a_claim_that_names_no_folder_of_its_identity_is_replaced(store: Store, 
     assert claim.readlink() == Path("teacher", stage.folder_name)
     assert {path.name for path in store.root.parent.iterdir()} == {"runs"}
     assert Store(store.root).create(toy(layers=2, label="another")) == folder
+
+
+def test_a_file_system_without_locks_has_one_writer_too(store: Store, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    folder = store.root / "sweeps" / "toy"
+    first = store.alone(folder)
+    assert first is not None
+    assert Store(store.root).alone(folder) is None
+    first.close()
+    second = Store(store.root).alone(folder)
+    assert second is not None
+    second.close()
+    append_line(folder / "metrics.jsonl", "a line")
+    append_line(folder / "metrics.jsonl", "another")
+    assert (folder / "metrics.jsonl").read_text() == "a line\nanother\n"
 
 
 def test_a_record_says_what_there_is_and_where_it_came_from(store: Store):
