@@ -98,5 +98,5 @@ def read_directly(plan: StreamPlan, first: int) -> Iterator[StepRows]:
     return (read_step(plan, step) for step in range(first, plan.steps))
 
 
-WITHOUT_RAY = Services(stream=read_directly, report=lambda position, folder: None, reclaimed=lambda: False)
+WITHOUT_RAY = Services(stream=read_directly, report=lambda position: None, reclaimed=lambda: False)
 """Services for a run in this process."""

@@ -23,7 +23,7 @@ from pipeline.training.distributed import Place, process_group
 from pipeline.training.engine import frozen_engine
 from pipeline.training.objective import FullModel, Objective
 from pipeline.training.resources import stage_resources
-from pipeline.training.session import Services, services_of
+from pipeline.training.session import Services
 
 OBJECTIVES: dict[Method, TrainingMethod] = {
     "overfill": "overfill",
@@ -38,7 +38,7 @@ def train_student(run: StageRun) -> dict[str, Any]:
     """Train the student of a `distill` stage."""
     resources = stage_resources(run)
     with process_group(resources.gpus_per_worker, resources.threads) as place:
-        return train_in(run, resources, place, services_of(run))
+        return train_in(run, resources, place, Services())
 
 
 def train_in(run: StageRun, resources: StageResources, place: Place, services: Services) -> dict[str, Any]:

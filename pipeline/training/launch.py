@@ -1,14 +1,15 @@
 """Run a function on Ray Train workers for a stage, and turn what goes wrong into one line.
 
-The run's name is the stage's identity and its storage the stage's progress folder. Step checkpoints are found by our
-own rules (`pipeline.training.checkpoints`), so Ray's list of them, which refuses to start when one of its folders was
-removed, is deleted before a start.
+Step checkpoints are found by our own rules (`pipeline.training.checkpoints`), and Ray hears of none: its list of them
+refuses to start when one of its folders was removed. What it writes lies in the attempt's own folder while it runs, for
+the controller of an attempt that has lost its lease may still be at work beside its successor's.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 STOP_POLL_S = 0.5
 CONTROLLER_FAILURES = 240
 """Each is a minute of waiting for CPUs that other runs hold, so this is four hours."""
+RAYS_OWN = "ray"
+"""Folder of what Ray Train writes down of a run, in the attempt's."""
 RAY_TRAIN_ENVIRONMENT = {
     # Ray polls workers every 2 s by default, and a report waits for the next poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -64,8 +67,6 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
     check_holds(run.stage.name, resources)
     for name, value in (RAY_TRAIN_ENVIRONMENT | ({} if dashboard_runs() else ON_ONE_MACHINE)).items():
         os.environ.setdefault(name, value)
-    name = run.stage.identity
-    (run.progress / name / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     stop = run.stop_flag()
     trainer = Trainer(
         Retries(Budget.of(resources)),
@@ -79,8 +80,8 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
             placement_strategy="PACK",  # few nodes: what workers tell each other at every step stays inside them
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=str(run.progress),
+            name=run.stage.identity,
+            storage_path=str(run.attempt / RAYS_OWN),
             failure_config=FailureConfig(controller_failure_limit=CONTROLLER_FAILURES),  # the rest is in `Retries`
         ),
     )
@@ -89,6 +90,8 @@ def run_workers(function: Callable[[dict[str, Any]], dict[str, Any]], run: Stage
             result = trainer.fit()
         except TrainingFailedError as error:
             raise _final(error, run, resources) from error
+        finally:
+            shutil.rmtree(run.attempt / RAYS_OWN, ignore_errors=True)
     return dict(result.return_value or {})
 
 

@@ -167,8 +167,8 @@ class Recorder:
 def _checkpoint(session: Session, position: Position) -> None:
     """Write a step checkpoint and tell Ray Train of it. A collective."""
     keep = session.resources.keep_checkpoints
-    folder = state.save(session.engine, session.steps, position, session.place, keep)
-    session.services.report(position, folder)
+    state.save(session.engine, session.steps, position, session.place, keep)
+    session.services.report(position)
 
 
 def _due(step: int, every: int) -> bool:

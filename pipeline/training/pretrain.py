@@ -22,7 +22,7 @@ from pipeline.training.assemble import Learner, run_training
 from pipeline.training.distributed import Place, process_group
 from pipeline.training.objective import Objective
 from pipeline.training.resources import stage_resources
-from pipeline.training.session import Services, services_of
+from pipeline.training.session import Services
 
 MAX_LENGTH = "max_length"
 """Field of the stage's config beside those of `PretrainConfig`: the longest sample in tokens."""
@@ -32,7 +32,7 @@ def train_teacher(run: StageRun) -> dict[str, Any]:
     """Train the teacher of a `teacher` stage."""
     resources = stage_resources(run)
     with process_group(resources.gpus_per_worker, resources.threads) as place:
-        return train_in(run, resources, place, services_of(run))
+        return train_in(run, resources, place, Services())
 
 
 def train_in(run: StageRun, resources: StageResources, place: Place, services: Services) -> dict[str, Any]:

@@ -16,21 +16,8 @@ from pipeline.training.objective import FullModel, Objective
 from pipeline.training.stream import StepRows, StreamPlan, stream_steps
 
 
-def report_to_ray(position: Position, folder: Path) -> None:
-    """Tell Ray Train of a checkpoint that is in its place already. A barrier over all workers."""
-    from ray import train
-    from ray.train import Checkpoint
-    from ray.train.v2.api.report_config import CheckpointUploadMode
-
-    train.report(
-        {"step": position.step, "tokens": position.tokens},
-        checkpoint=Checkpoint(str(folder)),
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )
-
-
-def report_step(position: Position, folder: Path) -> None:
-    """Tell Ray Train of a position alone. A barrier over all workers."""
+def report_to_ray(position: Position) -> None:
+    """Tell Ray Train of a position. A barrier over all workers."""
     from ray import train
 
     train.report({"step": position.step, "tokens": position.tokens})
@@ -51,7 +38,7 @@ class Services:
 
     stream: Callable[[StreamPlan, int], Iterator[StepRows]] = stream_steps
     """(plan, first step) -> the steps from there on."""
-    report: Callable[[Position, Path], None] = report_to_ray
+    report: Callable[[Position], None] = report_to_ray
     """Called on every worker when a step checkpoint is complete."""
     reclaimed: Callable[[], bool] = node_is_reclaimed
     """Whether a node is about to be taken away; asked after every step."""
@@ -89,7 +76,7 @@ class Outcome:
 
 
 def steps_root(run: StageRun) -> Path:
-    """Where a run's step checkpoints lie: Ray Train's folder of the run, outside of which it takes no checkpoint."""
+    """Where a run's step checkpoints lie."""
     return run.progress / run.stage.identity
 
 
@@ -100,8 +87,3 @@ def steps_of(run: StageRun) -> StepFolders:
     from pipeline.objects.steps import ObjectSteps
 
     return ObjectSteps.of(run.site, steps_root(run))
-
-
-def services_of(run: StageRun) -> Services:
-    """Ray's services; where checkpoints are no files that Ray Train's controller sees, it hears of none."""
-    return Services() if run.site is None else Services(report=report_step)

@@ -27,8 +27,8 @@ from pipeline.training.engine import KINDS, WEIGHT, StudentEngine
 _RANDOM = "random/"
 
 
-def save(engine: StudentEngine, steps: StepFolders, position: Position, place: Place, keep: int) -> Path:
-    """Write a step checkpoint and remove old ones. A collective; returns its folder when it is complete."""
+def save(engine: StudentEngine, steps: StepFolders, position: Position, place: Place, keep: int) -> None:
+    """Write a step checkpoint and remove old ones. A collective; it is complete when this returns."""
     folder = steps.root / place.from_first(checkpoints.new_name(position.step))
     folder.mkdir(parents=True, exist_ok=True)
     named = engine.parameters()
@@ -48,7 +48,6 @@ def save(engine: StudentEngine, steps: StepFolders, position: Position, place: P
         steps.complete(folder, place.workers, keep)
     place.barrier()
     steps.leave(folder)
-    return folder
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

@@ -141,6 +141,18 @@ def interrupt_twice(target: Target) -> str | None:
     return _told_to_end(target, press)
 
 
+def hang_up(target: Target) -> str | None:
+    """The terminal is closed: its shell and then the system send SIGHUP to every process of its group."""
+
+    def close() -> None:
+        os.killpg(target.driver.process.pid, signal.SIGHUP)
+        time.sleep(target.random.uniform(0.0, 0.2))
+        if target.driver.alive:
+            os.killpg(target.driver.process.pid, signal.SIGHUP)
+
+    return _told_to_end(target, close)
+
+
 def _told_to_end(target: Target, tell: Callable[[], object]) -> str | None:
     driver = target.driver
     tell()
@@ -337,6 +349,7 @@ FAULTS = (
     Fault("SIGTERM", STAGES, terminate),
     Fault("Ctrl-C", STAGES, interrupt),
     Fault("second Ctrl-C", STAGES, interrupt_twice),
+    Fault("closed terminal", STAGES, hang_up),
     Fault("truncated step checkpoint", TRAINED, truncate_checkpoint, at_step=5, tears=True),
     Fault("lost file of a step checkpoint", TRAINED, lose_checkpoint_file, at_step=5, tears=True),
     Fault("flipped byte in a token shard", WORKERS, flip_in_shards),

@@ -105,7 +105,7 @@ def recording(run: StageRun, stream: Callable[[StreamPlan, int], Iterator[StepRo
                 file.write(json.dumps([rows.step, samples]) + "\n")
             yield rows
 
-    return Services(stream=recorded, report=lambda position, folder: None, reclaimed=lambda: False)
+    return Services(stream=recorded, report=lambda position: None, reclaimed=lambda: False)
 
 
 def seen(run: StageRun) -> dict[int, list[int]]:
