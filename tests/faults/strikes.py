@@ -131,29 +131,25 @@ def interrupt(target: Target) -> str | None:
 
 def interrupt_twice(target: Target) -> str | None:
     """A second Ctrl-C, at once or a little later."""
-
-    def press() -> None:
-        os.killpg(target.driver.process.pid, signal.SIGINT)
-        time.sleep(target.random.uniform(0.05, 2.0))
-        if target.driver.alive:
-            os.killpg(target.driver.process.pid, signal.SIGINT)
-
-    return _told_to_end(target, press)
+    return _told_twice(target, signal.SIGINT, 0.05, 2.0)
 
 
 def hang_up(target: Target) -> str | None:
     """The terminal is closed: its shell and then the system send SIGHUP to every process of its group."""
+    return _told_twice(target, signal.SIGHUP, 0.0, 0.2)
 
-    def close() -> None:
-        os.killpg(target.driver.process.pid, signal.SIGHUP)
-        time.sleep(target.random.uniform(0.0, 0.2))
+
+def _told_twice(target: Target, number: int, least: float, most: float) -> str:
+    def tell() -> None:
+        os.killpg(target.driver.process.pid, number)
+        time.sleep(target.random.uniform(least, most))
         if target.driver.alive:
-            os.killpg(target.driver.process.pid, signal.SIGHUP)
+            os.killpg(target.driver.process.pid, number)
 
-    return _told_to_end(target, close)
+    return _told_to_end(target, tell)
 
 
-def _told_to_end(target: Target, tell: Callable[[], object]) -> str | None:
+def _told_to_end(target: Target, tell: Callable[[], object]) -> str:
     driver = target.driver
     tell()
     began = time.monotonic()
