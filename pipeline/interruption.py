@@ -41,7 +41,8 @@ def heard() -> list[signal.Signals]:
 def deaf_to_hangup() -> Iterator[None]:
     """Processes that are started inside, and theirs, do not hear a hangup: who has started them needs them until it ends.
 
-    One that comes to this process meanwhile is heard at the end. Outside of the main thread nothing is changed."""
+    One that comes to this process meanwhile is heard at the end, unless the system gives it to another thread, where it is
+    lost: a run that has not begun goes on then. Outside of the main thread nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
